@@ -1,0 +1,3 @@
+from pi_jax.cli import main
+
+main()

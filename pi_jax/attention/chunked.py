@@ -1,0 +1,157 @@
+"""Flash attention in plain XLA: memory linear in length, on any platform. What a CPU uses.
+
+Queries and keys are cut into blocks; the softmax is accumulated over key blocks (Milakov & Gimelshein 2018; Dao et al.
+2022) and the backward pass recomputes the weights from `lse`. Pairs of blocks in which no query sees any key, by
+causality or because their documents differ, are never computed, forward or backward: each block of one side carries a
+list of the blocks of the other side that it meets, so packed documents cost what they would cost alone.
+
+Shapes: B batch, S queries, T keys, N query heads, K key/value heads, H head size; I query blocks, J key blocks of Q
+keys. The queries of a block and the heads of a group lie along one axis, R rows, so that K and V are never repeated.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 512
+"""Tokens in a block of queries and of keys: of 128, 256, 512 and 1024 the fastest forward and backward on a CPU."""
+_LAST = jnp.iinfo(jnp.int32).max
+_FIRST = jnp.iinfo(jnp.int32).min
+
+
+def chunked_attention(q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT, q_order_BS, kv_order_BT, scale):
+    """See `attention`."""
+    B, S, N, H = q_BSNH.shape
+    T, K = k_BTKH.shape[1:3]
+    group, P, Q = N // K, min(BLOCK, S), min(BLOCK, T)
+    # Padding queries stand before every key and padding keys after every query: neither sees or is seen.
+    q_IBKRH = (
+        _blocks(q_BSNH, P).reshape(-1, B, P, K, group, H).transpose(0, 1, 3, 2, 4, 5).reshape(-1, B, K, P * group, H)
+    )
+    k_JBKQH, v_JBKQH = (_blocks(x, Q).swapaxes(2, 3) for x in (k_BTKH, v_BTKH))
+    rows = [jnp.repeat(_blocks(x, P, pad), group, axis=-1) for x, pad in ((q_order_BS, _FIRST), (q_segments_BS, 0))]
+    columns = [_blocks(x, Q, pad) for x, pad in ((kv_order_BT, _LAST), (kv_segments_BT, 0))]
+    out, lse = _attend(scale, q_IBKRH, k_JBKQH, v_JBKQH, rows, columns)
+
+    def unblock(x):
+        x = x.reshape(-1, B, K, P, group, *x.shape[4:]).transpose(1, 0, 3, 2, 4, *range(5, x.ndim + 1))
+        return x.reshape(B, -1, N, *x.shape[5:])[:, :S]
+
+    return unblock(out), unblock(lse)
+
+
+def _blocks(x, size, fill=0):
+    """[B, tokens, ...] -> [blocks, B, size, ...], padded with `fill`."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _meetings(rows, columns):
+    """Which pairs of blocks meet: for each row block and for each column block, its (list of partners, their number).
+
+    A pair may be listed although no query sees a key (ranges overlap, ids differ): the mask decides within it.
+    """
+    (q_order, q_segments), (kv_order, kv_segments) = rows, columns
+
+    def span(segments, real):  # padding must not widen it
+        return jnp.min(jnp.where(real, segments, _LAST), -1), jnp.max(jnp.where(real, segments, _FIRST), -1)
+
+    q_low, q_high = span(q_segments, q_order != _FIRST)
+    kv_low, kv_high = span(kv_segments, kv_order != _LAST)
+    causal = jnp.min(kv_order, -1)[None] <= jnp.max(q_order, -1)[:, None]
+    overlap = (q_low[:, None] <= kv_high[None]) & (kv_low[None] <= q_high[:, None])
+    meets_IJ = jnp.any(causal & overlap, axis=-1)
+
+    def lists(meets):
+        return jnp.argsort(~meets, axis=-1, stable=True), jnp.sum(meets, axis=-1)
+
+    return lists(meets_IJ), lists(meets_IJ.T)
+
+
+def _hidden(row, column):
+    """0 where a query sees a key and -inf where not, [B, 1, R, Q]."""
+    (q_order, q_segments), (kv_order, kv_segments) = row, column
+    causal = kv_order[:, None, :] <= q_order[:, :, None]
+    same = kv_segments[:, None, :] == q_segments[:, :, None]
+    return jnp.where(causal & same, 0.0, -jnp.inf)[:, None]
+
+
+def _dot(equation, x, y):
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _at(tree, i):
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, q_IBKRH, k_JBKQH, v_JBKQH, rows, columns):
+    return _forward(scale, q_IBKRH, k_JBKQH, v_JBKQH, rows, columns)[0]
+
+
+def _forward(scale, q, k, v, rows, columns):
+    (partners_IJ, count_I), _ = _meetings(rows, columns)
+
+    def query_block(_, block):
+        q_i, row, partners, count = block
+
+        def key_block(n, carry):
+            total, top, acc = carry
+            k_j, v_j, column = _at((k, v, columns), partners[n])
+            scores = _dot("BKRH,BKQH->BKRQ", q_i, k_j) * scale + _hidden(row, column)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            # While a query has seen no key its maximum is -inf: subtract 0, so that exp(-inf) = 0 and not NaN.
+            shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            weights = jnp.exp(scores - shift[..., None])
+            fade = jnp.exp(top - shift)
+            acc = acc * fade[..., None] + _dot("BKRQ,BKQH->BKRH", weights.astype(v_j.dtype), v_j)
+            return total * fade + jnp.sum(weights, axis=-1), new_top, acc
+
+        shape = q_i.shape[:-1]
+        start = (jnp.zeros(shape), jnp.full(shape, -jnp.inf), jnp.zeros(q_i.shape, jnp.float32))
+        total, top, acc = jax.lax.fori_loop(0, count, key_block, start)
+        some = total > 0
+        out = acc / jnp.where(some, total, 1.0)[..., None]
+        lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+        return None, (out.astype(q_i.dtype), lse)
+
+    _, (out, lse) = jax.lax.scan(query_block, None, (q, rows, partners_IJ, count_I))
+    return (out, lse), (q, k, v, rows, columns, out, lse)
+
+
+def _backward(scale, residuals, cotangents):
+    q, k, v, rows, columns, out, lse = residuals
+    d_out, d_lse = cotangents
+    _, (partners_JI, count_J) = _meetings(rows, columns)
+    # d scores = weights * (d_out . v - delta), with delta = d_out . out, less what flows in through lse.
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    safe_lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+
+    def key_block(d_q, block):
+        k_j, v_j, column, partners, count = block
+
+        def query_block(n, carry):
+            d_q, d_k, d_v = carry
+            i = partners[n]
+            q_i, d_out_i, lse_i, delta_i, row = _at((q, d_out, safe_lse, delta, rows), i)
+            # Keys first, [Q, R]: two of the three products that take the weights then need no transposition.
+            hidden_QR = _hidden(row, column).swapaxes(-1, -2)
+            scores_QR = _dot("BKQH,BKRH->BKQR", k_j, q_i) * scale + hidden_QR
+            weights_QR = jnp.exp(scores_QR - lse_i[..., None, :])
+            d_v += _dot("BKQR,BKRH->BKQH", weights_QR.astype(d_out_i.dtype), d_out_i)
+            d_weights_QR = _dot("BKQH,BKRH->BKQR", v_j, d_out_i)
+            d_scores_QR = (weights_QR * (d_weights_QR - delta_i[..., None, :]) * scale).astype(q_i.dtype)
+            d_k += _dot("BKQR,BKRH->BKQH", d_scores_QR, q_i)
+            d_q_i = jax.lax.dynamic_index_in_dim(d_q, i, keepdims=False) + _dot("BKQR,BKQH->BKRH", d_scores_QR, k_j)
+            return jax.lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_k, d_v
+
+        zeros = jnp.zeros(k_j.shape, jnp.float32)
+        d_q, d_k, d_v = jax.lax.fori_loop(0, count, query_block, (d_q, zeros, zeros))
+        return d_q, (d_k, d_v)
+
+    d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), (k, v, columns, partners_JI, count_J))
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)

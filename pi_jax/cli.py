@@ -1,0 +1,62 @@
+"""How every command starts and ends: `python -m pi_jax.NAME` and `pi-jax NAME` are the same."""
+
+import importlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pi_jax.errors import InputError
+
+COMMANDS = {
+    "prepare": "text to tokens",
+    "train": "fine-tune with a longer window",
+    "evaluate": "prove the window: perplexity",
+    "convert": "weights in and out: Hugging Face folders and pi_jax runs",
+}
+
+
+def run(command: Callable[[], Any]) -> None:
+    """Runs a command; bad input becomes one sentence on stderr and exit status 2, without a traceback."""
+    try:
+        command()
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`pi-jax COMMAND ...`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        importlib.import_module(
+            f"pi_jax.{argv[0]}.__main__" if argv[0] in ("evaluate", "convert") else f"pi_jax.{argv[0]}"
+        ).main(argv[1:])
+        return
+    print("usage: pi-jax COMMAND [--help]\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
+    if argv and argv[0] not in ("-h", "--help"):
+        sys.exit(_fail(f"{argv[0]!r} is no command: choose one of {', '.join(COMMANDS)}"))
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes `value` as JSON by way of a temporary file, so that a reader never sees half of it."""
+    target = pathlib.Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""Weights in and out: the only place that knows other people's names."""

@@ -1,0 +1,237 @@
+"""Documents to a token store, and what a user should know about them before training.
+
+Each document is tokenized whole and without special tokens; EOS is appended and BOS prepended as asked.
+Documents go through the tokenizer in batches, which its Rust threads share out.
+"""
+
+import dataclasses
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+import tyro
+
+from pi_jax import cli
+from pi_jax.data import documents, store
+from pi_jax.errors import InputError
+
+_BATCH_CHARACTERS = 2**24
+"""Characters tokenized at a time; the tokenizer needs tens of bytes for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Tokenize text once, into a token store that training reads.
+
+    A .txt file is one document; .jsonl (also .gz, .zst) and .parquet hold one a line or row."""
+
+    input: tuple[str, ...]
+    """Text files, folders (searched recursively) or globs: .txt .jsonl .jsonl.gz .jsonl.zst .parquet"""
+    tokenizer: str
+    """Local Hugging Face folder with the tokenizer of the model to be trained."""
+    output: str
+    """Folder of the token store to make."""
+    text_field: str = "text"
+    """Field of a .jsonl line or column of a .parquet file that holds the text."""
+    bos: bool = False
+    """Put the tokenizer's BOS token before every document."""
+    eos: bool = True
+    """Put the tokenizer's EOS token after every document."""
+    window: int = 32768
+    """Window to be trained, in tokens: the summary says how much text is in documents that fill it."""
+    overwrite: bool = False
+    """Replace a token store that stands at the output."""
+    report: str = ""
+    """Also write the summary to this JSON file."""
+
+    def __post_init__(self):
+        if not self.input:
+            raise InputError("--input is empty: it needs at least one text file, folder or glob")
+        if self.window < 1:
+            raise InputError(f"--window is {self.window}: it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was prepared; lengths are in tokens, BOS and EOS included."""
+
+    output: str
+    documents: int
+    empty_documents: int
+    """Left out of the store."""
+    tokens: int
+    characters_per_token: float
+    """Without BOS and EOS."""
+    median_length: float
+    longest: int
+    length_histogram: dict[str, dict[str, int]]
+    """Documents and tokens by the power of two at or below the document's length."""
+    window: int
+    long_documents: int
+    """Documents that fill the window."""
+    long_tokens_share: float
+    """Of all tokens, the fraction in documents that fill the window."""
+    seconds: float
+    tokens_per_second: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"Token store {self.output}: {self.documents:,} documents, {self.tokens:,} tokens, "
+            f"{self.characters_per_token:.2f} characters a token",
+            f"Tokenized in {self.seconds:,.1f} s, {self.tokens_per_second:,.0f} tokens/s",
+            f"Document length in tokens: median {self.median_length:,.0f}, longest {self.longest:,}",
+            f"{'at least':>12} {'documents':>12} {'tokens':>16} {'share':>7}",
+        ]
+        for lower, bin in self.length_histogram.items():
+            share = bin["tokens"] / self.tokens
+            lines.append(f"{int(lower):>12,} {bin['documents']:>12,} {bin['tokens']:>16,} {share:>7.1%}")
+        if self.empty_documents:
+            lines.append(f"Left out: {self.empty_documents:,} empty documents")
+        if self.long_documents:
+            lines.append(
+                f"Documents that fill a window of {self.window:,}: {self.long_documents:,}, "
+                f"with {self.long_tokens_share:.1%} of the tokens"
+            )
+        else:
+            lines.append(
+                f"No document fills a window of {self.window:,} tokens: trained on this text, a model would "
+                "never see a connection over that distance. Use longer documents, or a shorter window."
+            )
+        return "\n".join(lines)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The fast tokenizer of a local Hugging Face folder; nothing is downloaded, none of its code is run.
+
+    Raises:
+      InputError: if the folder is missing, or holds no tokenizer that transformers can load as a fast one.
+    """
+    import transformers
+
+    if not os.path.isdir(folder):
+        raise InputError(f"tokenizer {folder}: there is no such folder; download the model's tokenizer into one")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the files made transformers or tokenizers raise
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise InputError(f"tokenizer {folder} cannot be loaded: {reason}") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"tokenizer {folder} is a {type(tokenizer).__name__}: a tokenizer.json is needed")
+    return tokenizer
+
+
+def encode(tokenizer: Any, texts: Sequence[str], *, bos: bool, eos: bool) -> list[np.ndarray]:
+    """Token ids of each text, uint32 [n]; an empty text has none, neither BOS nor EOS.
+
+    Raises:
+      InputError: if BOS or EOS is asked for and the tokenizer has none.
+    """
+    before, after = _special(tokenizer, "bos", bos), _special(tokenizer, "eos", eos)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json can ask for either
+    backend.no_padding()
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    ids = (encoding.ids for encoding in encodings)
+    return [np.array([*before, *own, *after] if own else [], np.uint32) for own in ids]
+
+
+def _special(tokenizer: Any, name: str, wanted: bool) -> list[int]:
+    token = getattr(tokenizer, f"{name}_token_id") if wanted else None
+    if wanted and token is None:
+        raise InputError(f"tokenizer {tokenizer.name_or_path} has no {name.upper()} token: use --no-{name}")
+    return [token] if wanted else []
+
+
+def prepare(options: Options) -> Summary:
+    """Tokenizes the input into a token store.
+
+    Raises:
+      InputError: for input, tokenizer or output that cannot be used, or input without any text.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    tokenizer = load_tokenizer(options.tokenizer)
+    sizes = {path: [os.path.getsize(f) for f in documents.find_files([path])] for path in options.input}
+    facts = {
+        "bos": _special(tokenizer, "bos", options.bos),
+        "eos": _special(tokenizer, "eos", options.eos),
+        "sources": [{"name": path, "files": len(s), "bytes": sum(s)} for path, s in sizes.items()],
+    }
+    characters = empty = 0
+    writer = store.TokenStoreWriter(
+        options.output,
+        tokenizer=store.TokenizerInfo.of(type(tokenizer).__name__, tokenizer.get_vocab()),
+        tokenizer_dir=options.tokenizer,
+        facts=facts,
+        overwrite=options.overwrite,
+    )
+    started = time.monotonic()
+    with writer, _progress(total=sum(map(sum, sizes.values()))) as bar:
+        for batch in _batches(documents.read_documents(options.input, options.text_field)):
+            texts = [document.text for document in batch]
+            for tokens in encode(tokenizer, texts, bos=options.bos, eos=options.eos):
+                if len(tokens):
+                    writer.add(tokens)
+                else:
+                    empty += 1
+            characters += sum(map(len, texts))
+            bar.update(sum(document.file_bytes for document in batch))
+        if not writer.num_documents:
+            raise InputError(f"--input {' '.join(options.input)}: there is no text in it, only {empty} empty documents")
+    return _summarize(options, characters, empty, time.monotonic() - started)
+
+
+def _progress(total: int) -> tqdm.tqdm:
+    seconds = 0.2 if sys.stderr.isatty() else 30  # a log file gets a line now and then
+    return tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=seconds)
+
+
+def _batches(stream: Iterable[documents.Document]) -> Iterator[list[documents.Document]]:
+    batch, size = [], 0
+    for document in stream:
+        batch.append(document)
+        size += len(document.text) + 100  # so that a batch of empty documents ends, too
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _summarize(options: Options, characters: int, empty: int, seconds: float) -> Summary:
+    written = store.TokenStore.open(options.output)
+    lengths = np.diff(written.offsets)
+    long = lengths >= options.window
+    added = written.num_documents * (options.bos + options.eos)
+    return Summary(
+        output=options.output,
+        documents=written.num_documents,
+        empty_documents=empty,
+        tokens=written.num_tokens,
+        characters_per_token=characters / (written.num_tokens - added),
+        median_length=float(np.median(lengths)),
+        longest=int(lengths.max()),
+        length_histogram=written.manifest["length_histogram"],
+        window=options.window,
+        long_documents=int(long.sum()),
+        long_tokens_share=float(lengths[long].sum() / written.num_tokens),
+        seconds=seconds,
+        tokens_per_second=written.num_tokens / seconds,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m pi_jax.prepare`."""
+
+    def command() -> None:
+        options = tyro.cli(Options, prog="python -m pi_jax.prepare", args=argv)
+        summary = prepare(options)
+        print(summary)
+        if options.report:
+            cli.write_json(options.report, dataclasses.asdict(summary))
+
+    cli.run(command)

@@ -1,0 +1,344 @@
+"""The token store: every document as token ids, one after the other, in a folder.
+
+    tokens/         zarr 3 array, uint16 if the vocabulary fits, else uint32
+    offsets/        zarr 3 array, int64 [D + 1]: where each document starts in `tokens`, and the end
+    tokenizer/      the tokenizer's files, as they were
+    manifest.json   what made it, how much is in it, and the size of every file; written last
+
+TensorStore reads it from a local folder or straight from `gs://` or `s3://`. A shard is one file of many
+compressed chunks, so reading a row touches one or two chunks and the shard's index. Each chunk carries a
+checksum, and a missing chunk is an error, never zeros. Offsets are held in memory: 8 bytes a document.
+"""
+
+import array
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int
+
+from pi_jax import __version__
+from pi_jax.errors import InputError
+
+FORMAT = 1
+
+SHARD_TOKENS = 2**24
+"""Tokens in a file; the writer holds as many in memory."""
+CHUNK_TOKENS = 2**15
+"""Tokens that are compressed, and read, together."""
+_CACHE_BYTES = 2**26
+_SECONDS_TO_ANSWER = 60
+"""Of a remote store; TensorStore itself would try for a quarter of an hour."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerInfo:
+    """What identifies a tokenizer: stores may only be mixed, or trained on, where `vocab_hash` agrees."""
+
+    name: str
+    vocab_size: int
+    """Largest token id + 1: rows that an embedding table must have."""
+    vocab_hash: str
+    """SHA-256 of the sorted pairs of token and id."""
+
+    @classmethod
+    def of(cls, name: str, vocab: Mapping[str, int]) -> "TokenizerInfo":
+        """The identity of a tokenizer with this `get_vocab()`."""
+        canonical = json.dumps(sorted(vocab.items()), separators=(",", ":"))
+        return cls(name, max(vocab.values()) + 1, hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]]:
+    """Documents and tokens by length: the key is the power of two at or below it."""
+    exponents = np.frexp(lengths.astype(np.float64))[1] - 1
+    return {
+        str(2 ** int(e)): {"documents": int((exponents == e).sum()), "tokens": int(lengths[exponents == e].sum())}
+        for e in np.unique(exponents)
+    }
+
+
+class TokenStoreWriter:
+    """Writes a store: a context manager that leaves a whole store at `path`, or nothing.
+
+    Everything goes to a folder beside `path` that is renamed at the end. At most one shard is in memory.
+
+    Args:
+      path: local folder to make.
+      tokenizer: identity of the tokenizer that made the tokens.
+      tokenizer_dir: folder from which `TOKENIZER_FILES` are copied.
+      facts: further entries of the manifest, such as sources and the bos/eos policy.
+      overwrite: replace a token store that stands at `path`.
+      shard_tokens: a multiple of `chunk_tokens`.
+      chunk_tokens: see `CHUNK_TOKENS`.
+
+    Raises:
+      InputError: if `path` is taken, is a URL, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        tokenizer: TokenizerInfo,
+        tokenizer_dir: str,
+        facts: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        shard_tokens: int = SHARD_TOKENS,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ):
+        if "://" in path:
+            raise InputError(f"{path}: a token store is written to a local folder; copy it to {path} afterwards")
+        self._path = pathlib.Path(path).absolute()
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.writing")
+        self._tokenizer, self._tokenizer_dir = tokenizer, pathlib.Path(tokenizer_dir)
+        self._facts, self._overwrite, self._chunk = dict(facts or {}), overwrite, chunk_tokens
+        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        self._buffer, self._filled, self._written = np.empty(shard_tokens, dtype), 0, 0
+        self._offsets, self._digest = array.array("q", [0]), hashlib.sha256()
+
+    def __enter__(self) -> "TokenStoreWriter":
+        if self._path.exists() and (not self._path.is_dir() or any(self._path.iterdir())):
+            if not self._overwrite:
+                raise InputError(f"{self._path} is there already: choose another folder, or --overwrite")
+            if not (self._path / "manifest.json").is_file():
+                raise InputError(f"{self._path} is no token store and is not overwritten: remove it by hand")
+        try:
+            self._temporary.mkdir(parents=True)
+            self._tokens = _create(self._temporary / "tokens", self._buffer.dtype, len(self._buffer), self._chunk)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise InputError(f"{self._path} cannot be written: {error}") from None
+        return self
+
+    def add(self, tokens: Int[np.ndarray, " n"]) -> None:
+        """Appends one document of at least one token."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 1 or not len(tokens):
+            raise ValueError(f"a document of shape {tokens.shape}: it needs one axis and at least one token")
+        if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
+            raise ValueError(f"tokens {tokens.min()}..{tokens.max()}: not of {self._tokenizer}")
+        self._offsets.append(self._offsets[-1] + len(tokens))
+        while len(tokens):
+            part = tokens[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            tokens = tokens[len(part) :]
+            if self._filled == len(self._buffer):
+                self._flush()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be written: {error}") from None
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._offsets) - 1
+
+    def _flush(self) -> None:
+        part = self._buffer[: self._filled]
+        _write(self._path, self._tokens[self._written : self._written + len(part)], part)
+        self._digest.update(part.tobytes())
+        self._written, self._filled = self._written + len(part), 0
+
+    def _finish(self) -> None:
+        self._flush()
+        self._tokens.resize(exclusive_max=[self._written], resize_metadata_only=True).result()
+        offsets = np.asarray(self._offsets, np.int64)
+        self._digest.update(offsets.tobytes())
+        target = _create(self._temporary / "offsets", offsets.dtype, SHARD_TOKENS, CHUNK_TOKENS)
+        _write(self._path, target[: len(offsets)], offsets)
+        target.resize(exclusive_max=[len(offsets)], resize_metadata_only=True).result()
+
+        (self._temporary / "tokenizer").mkdir()
+        for pattern in TOKENIZER_FILES:
+            for file in self._tokenizer_dir.glob(pattern):
+                shutil.copyfile(file, self._temporary / "tokenizer" / file.name)
+
+        files = sorted(f for f in self._temporary.rglob("*") if f.is_file())
+        manifest = {
+            "format": FORMAT,
+            "created_by": f"pi_jax {__version__}",
+            "documents": len(offsets) - 1,
+            "tokens": self._written,
+            "tokenizer": dataclasses.asdict(self._tokenizer),
+            **self._facts,
+            "length_histogram": length_histogram(np.diff(offsets)),
+            "sha256": self._digest.hexdigest(),
+            "files": {f.relative_to(self._temporary).as_posix(): f.stat().st_size for f in files},
+        }
+        (self._temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        if self._path.exists():
+            former = self._temporary.with_suffix(".former")
+            self._path.rename(former)
+            self._temporary.rename(self._path)
+            shutil.rmtree(former)
+        else:
+            self._temporary.rename(self._path)
+
+
+def _create(folder: pathlib.Path, dtype: np.dtype, shard: int, chunk: int) -> ts.TensorStore:
+    inner = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "zstd", "configuration": {"level": 3}},
+        {"name": "crc32c"},
+    ]
+    metadata = {
+        "shape": [2**60],  # resized when the length is known
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [chunk], "codecs": inner}}],
+        "fill_value": 0,
+    }
+    # A chunk of nothing but token 0 is stored too: readers take a missing chunk for damage.
+    spec = {"driver": "zarr3", "kvstore": _kvstore(str(folder)), "metadata": metadata}
+    return ts.open({**spec, "store_data_equal_to_fill_value": True}, create=True).result()
+
+
+def _write(path: pathlib.Path, target: ts.TensorStore, values: np.ndarray) -> None:
+    try:
+        target.write(values).result()
+    except ValueError as error:
+        raise InputError(f"{path} cannot be written: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+class TokenStore:
+    """A store, open for reading. Threads may share it; pickled, it is opened anew from its path.
+
+    A process that was forked after TensorStore was used cannot read: start worker processes with 'spawn'.
+
+    Attributes:
+      path: local folder or URL.
+      manifest: the whole of manifest.json.
+      offsets: int64 of shape [D + 1], read-only.
+    """
+
+    def __init__(self, path: str, manifest: dict[str, Any], tokens: ts.TensorStore, offsets: np.ndarray):
+        self.path, self.manifest, self._tokens, self.offsets = path, manifest, tokens, offsets
+
+    @classmethod
+    def open(cls, path: str) -> "TokenStore":
+        """Opens and checks a store: every file must be there with at least the size it was written with.
+
+        Raises:
+          InputError: if `path` is no token store, or one of another format, half-written or damaged.
+        """
+        try:
+            files = ts.KvStore.open(_kvstore(path)).result()
+            manifest = files.read("manifest.json").result(timeout=_SECONDS_TO_ANSWER)
+            if manifest.state != "value":
+                raise InputError(
+                    f"{path} is no whole token store, for it has no manifest.json: python -m pi_jax.prepare makes one"
+                )
+            manifest = _checked_manifest(path, manifest.value)
+            last_bytes = {
+                name: files.read(name, byte_range=slice(max(size - 1, 0), size))
+                for name, size in manifest["files"].items()
+            }
+            for name, byte in last_bytes.items():
+                if byte.exception() or byte.result().state != "value":
+                    raise InputError(f"{path} is damaged: {name} is missing or cut short; copy or prepare it again")
+            tokens, offsets = _open(path, "tokens"), _open(path, "offsets").read().result()
+        except InputError:
+            raise
+        except TimeoutError:
+            raise InputError(f"{path} does not answer in {_SECONDS_TO_ANSWER} s: check the URL and access") from None
+        except ValueError as error:
+            raise InputError(f"{path} cannot be opened as a token store: {_first_line(error)}") from None
+        offsets.flags.writeable = False
+        return cls(path, manifest, tokens, offsets)
+
+    def __reduce__(self):
+        return TokenStore.open, (self.path,)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """Identity of the tokenizer that made the tokens."""
+        return TokenizerInfo(**self.manifest["tokenizer"])
+
+    def read(self, start: int, stop: int) -> Int[np.ndarray, " stop-start"]:
+        """Tokens start:stop of the stream of all documents, int32.
+
+        Raises:
+          IndexError: if the range does not lie within the store.
+          InputError: if the file cannot be read, or its checksum is wrong.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start}:{stop} of {self.num_tokens}")
+        try:
+            return self._tokens[start:stop].read().result().astype(np.int32)
+        except ValueError as error:
+            raise InputError(f"{self.path}: tokens {start}:{stop} cannot be read: {_first_line(error)}") from None
+
+    @functools.cached_property
+    def tokenizer_dir(self) -> str:
+        """Local folder with the tokenizer's files; those of a remote store are fetched when first asked."""
+        if "://" not in self.path:
+            return os.path.join(self.path, "tokenizer")
+        self._fetched = tempfile.TemporaryDirectory(prefix="pi_jax-tokenizer-")  # lives as long as the store
+        files = ts.KvStore.open(_kvstore(self.path)).result()
+        for name in self.manifest["files"]:
+            if name.startswith("tokenizer/"):
+                pathlib.Path(self._fetched.name, os.path.basename(name)).write_bytes(files[name])
+        return self._fetched.name
+
+
+def _kvstore(path: str, name: str = "") -> str | dict[str, str]:
+    """TensorStore's spec of a store's folder, or of a folder in it; the slash at the end makes it one."""
+    if "://" in path:
+        return "/".join([path.rstrip("/"), name]).rstrip("/") + "/"
+    return {"driver": "file", "path": os.path.join(os.path.abspath(path), name, "")}
+
+
+def _open(path: str, name: str) -> ts.TensorStore:
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path, name),
+        "fill_missing_data_reads": False,
+        # The store never changes, so shard indices are cached for good instead of asking each time.
+        "recheck_cached_data": "open",
+        "recheck_cached_metadata": "open",
+        "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
+    }
+    return ts.open(spec, read=True).result()
+
+
+def _checked_manifest(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data)
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is no token store: its manifest.json is not one of pi_jax.prepare") from None
+    if version != FORMAT:
+        raise InputError(
+            f"{path} is a token store of format {version}, and this pi_jax reads {FORMAT}: prepare it again"
+        )
+    return manifest

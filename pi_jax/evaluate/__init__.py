@@ -1,0 +1,1 @@
+"""Proof that a longer window is used."""

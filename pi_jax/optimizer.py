@@ -1,0 +1,45 @@
+"""AdamW with linear warm-up, as in the paper's section 3.1, from optax."""
+
+import jax
+import optax
+from flax import nnx
+
+from pi_jax.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up from `warmup_start` of the rate, then constant, linear or cosine to 0.
+
+    The paper states the warm-up (20 steps from 10 %) and no decay; constant is the plain reading.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(steps - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(config.warmup_start * peak, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; its state has the structure, dtype and sharding of the parameters."""
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decayed,
+    )
+    return optax.chain(*clip, adamw)
+
+
+def _decayed(params):
+    """True for every parameter but norm scales."""
+    return jax.tree.map(
+        lambda param: param.replace(param.axes != ("norm",)),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Param),
+    )

@@ -1,0 +1,161 @@
+"""The mesh, and the only table that maps logical axes to mesh axes.
+
+Every dimension of every parameter and activation has a logical name. `ShardingRules` says over which axes of the mesh
+("data", "fsdp", "context", "tensor") it is split; all other modules speak of logical names only. The mesh is explicit
+(`jax.set_mesh`): a sharding is part of an array's type, and a mistake is an error while tracing.
+
+FSDP: parameters, gradients and optimizer state are split along `embed` over "fsdp". `gather` assembles a weight just
+before its use; its transpose splits the gradient again, so no device ever holds a whole model of either.
+
+Outside a mesh all functions here do nothing, so a model runs on one device without a word about sharding.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pi_jax import trees
+from pi_jax.config import MeshConfig
+from pi_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+LogicalAxes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical axis -> mesh axis or axes; None: never split."""
+
+    # Activations.
+    batch: tuple[str, ...] = ("data", "fsdp")
+    sequence: str | None = "context"
+    # Parameters; heads, mlp and vocab name the same dimensions of activations.
+    layers: str | None = None
+    embed: str | None = "fsdp"
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    head: str | None = None
+    norm: str | None = None
+    mlp: str | None = "tensor"
+    vocab: str | None = "tensor"
+
+    def spec(self, axes: LogicalAxes) -> PartitionSpec:
+        """The partition of an array whose dimensions have these logical names.
+
+        Raises:
+          ValueError: if two dimensions would be split over the same mesh axis.
+        """
+        parts = [None if axis is None else getattr(self, axis) for axis in axes]
+        used = [name for part in parts if part for name in _names(part)]
+        if len(used) != len(set(used)):
+            raise ValueError(f"axes {axes} map to {parts}: a mesh axis can split one dimension only")
+        return PartitionSpec(*parts)
+
+
+RULES = ShardingRules()
+GATHERED = dataclasses.replace(RULES, embed=None)
+"""Rules of a weight assembled for use: as stored, but whole along what FSDP splits."""
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """The mesh of all devices, or of those given; a size of -1 takes what the others leave.
+
+    Raises:
+      InputError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    rest = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % rest == 0:
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if math.prod(sizes) != len(devices):
+        given = ", ".join(f"{a}={getattr(config, a)}" for a in MESH_AXES)
+        raise InputError(f"mesh {given} does not fit {len(devices)} devices: the sizes must multiply to that number")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Explicit,) * 4, devices=devices)
+
+
+def require_divisible(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
+    """Checks that dimensions divide over the mesh; `sizes` maps a field's name to (its size, logical axis).
+
+    Raises:
+      InputError: naming the field, its size and the shards it would be cut into.
+    """
+    for name, (size, axis) in sizes.items():
+        rule = getattr(RULES, axis) or ()
+        shards = math.prod(mesh.shape[a] for a in _names(rule))
+        if size % shards:
+            raise InputError(f"{name} is {size}, which does not divide over {shards} devices ({axis} axis of the mesh)")
+
+
+def _in_mesh() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def named(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
+    """The sharding of a stored array with these logical axes."""
+    return NamedSharding(mesh, RULES.spec(axes))
+
+
+def shard_tree(mesh: Mesh, tree, axes: dict[str, LogicalAxes]):
+    """The sharding of each leaf of a tree of parameters, by the logical axes of its name."""
+    return trees.map_with_name(lambda name, _: named(mesh, axes[name]), tree)
+
+
+def gather(weight: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """A stored parameter made whole along its FSDP axis, for use on every device; the gradient is split again."""
+    return jax.reshard(weight, GATHERED.spec(axes)) if _in_mesh() else weight
+
+
+def einsum(equation: str, *operands: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """`jnp.einsum` whose result has the sharding of activations with these logical axes."""
+    return jnp.einsum(equation, *operands, out_sharding=GATHERED.spec(axes) if _in_mesh() else None)
+
+
+def take(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+    """Rows of an embedding table for tokens."""
+    out = GATHERED.spec(("batch", "sequence", None)) if _in_mesh() else None
+    return table_VD.at[tokens_BS].get(out_sharding=out)
+
+
+def on_shards(function, *arrays):
+    """Calls a function of arrays on each device's own shards; the result is split like the first array.
+
+    Attention kernels run this way: batch and heads are independent, so no device needs another's.
+    """
+    if not _in_mesh():
+        return function(*arrays)
+    return jax.shard_map(function, out_specs=jax.typeof(arrays[0]).sharding.spec, check_vma=False)(*arrays)
+
+
+def on_token_shards(function, hidden, weight, *arrays, summed: bool):
+    """Calls `function(hidden, weight, *arrays)` on each device's own tokens, with the whole weight.
+
+    `function` returns a value a token, or with `summed` one number, which is added up over all devices. So the gradient
+    of the weight is added up once, not once for each chunk of a loop inside the function.
+    """
+    if not _in_mesh():
+        return function(hidden, weight, *arrays)
+    weight = jax.reshard(weight, PartitionSpec())
+    tokens = PartitionSpec(*jax.typeof(hidden).sharding.spec[:2])
+    if not summed:
+        return jax.shard_map(function, out_specs=tokens, check_vma=False)(hidden, weight, *arrays)
+    axes = tuple(name for part in tokens if part for name in _names(part))
+
+    def local(*shards):
+        return jax.lax.psum(function(*shards), axes)
+
+    return jax.shard_map(local, out_specs=PartitionSpec(), check_vma=False)(hidden, weight, *arrays)
+
+
+def _names(part) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else tuple(part)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A host's rows of a global batch, [B, S] each, as global arrays split over batch and sequence."""
+    sharding = named(mesh, ("batch", "sequence"))
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

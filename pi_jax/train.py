@@ -1,0 +1,298 @@
+"""The training run, top to bottom: `python -m pi_jax.train --config configs/tiny.py`.
+
+Starts from, in this order: the run's own latest checkpoint, `train.init_from`, random weights. The batch of a step is a
+pure function of the config and the step, so a resumed run goes on with the text it would have read.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from pi_jax import __version__, cli, metrics, sharding, testing
+from pi_jax.checkpoint import Checkpoints
+from pi_jax.config import BUILTIN, Config, ModelConfig, describe, extend, flatten, parse
+from pi_jax.convert import hf
+from pi_jax.convert.sources import RUN_CHECKPOINTS, RUN_MODEL, open_model
+from pi_jax.data.pipeline import Pipeline, open_pipeline
+from pi_jax.errors import InputError
+from pi_jax.evaluate import perplexity
+from pi_jax.loss import batch_loss
+from pi_jax.metrics import note
+from pi_jax.model import Llama, abstract, parameter_axes
+from pi_jax.optimizer import learning_rate, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step."""
+
+    step: jax.Array
+    """Finished updates, int32."""
+    model: Llama
+    opt_state: optax.OptState
+
+
+StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_step(optimizer: optax.GradientTransformation) -> StepFn:
+    """The compiled update: (state, batch) -> (state, {'loss', 'grad_norm'}); it takes the old state's memory."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, gradients = jax.value_and_grad(batch_loss)(state.model, batch)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
+        values = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        return TrainState(state.step + 1, model, opt_state), values
+
+    return step
+
+
+def first_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0; on an explicit mesh the optimizer's moments come out split like their parameters."""
+
+    @jax.jit
+    def rest(model):
+        return jax.numpy.int32(0), optimizer.init(model)
+
+    step, opt_state = rest(model)
+    return TrainState(step, model, opt_state)
+
+
+def train(config: Config, base: Config) -> dict[str, Any]:
+    """Runs an experiment.
+
+    Args:
+      config: what to run.
+      base: the config file's own values, to show the difference.
+
+    Returns:
+      The final losses and, where there is held-out text, perplexities.
+
+    Raises:
+      InputError: for anything the user can put right, before the first step.
+    """
+    # ---- Inputs: everything that can be wrong is found here, before any time is spent.
+    output = pathlib.Path(config.train.output)
+    files = ""
+    if BUILTIN in (*config.data.sources, *config.evaluate.data):
+        config, files = _with_builtin(config, testing.tiny_inputs(output / "builtin"))
+    model_config, files = _model_config(config, files)
+    pipeline = open_pipeline(config.data)
+    files = files or pipeline.tokenizer_dir
+    mesh = sharding.make_mesh(config.mesh)
+    _check(config, model_config, pipeline, files, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    heldout = _heldout(config, model_config, files)
+    note(describe(config, base))
+    note(f"Model: {model_config.num_parameters():,} parameters, {model_config.rope}; mesh {dict(mesh.shape)}")
+    note(f"Data: {pipeline.steps_per_epoch:.1f} steps an epoch, {config.train.steps} steps wanted")
+    resumes = {"data": pipeline.fingerprint, "model": f"{model_config}"}
+
+    with jax.set_mesh(mesh), Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints:
+        # ---- State.
+        state = _start(config, model_config, mesh, optimizer, checkpoints, resumes)
+        first = int(state.step)
+        if jax.process_index() == 0:
+            _write_run_files(output, config, model_config, files)
+        step_fn = make_step(optimizer)
+        rate = learning_rate(config.optimizer, config.train.steps)
+        tokens_per_step = config.data.batch_size * config.data.window
+        flops_per_step = tokens_per_step * metrics.flops_per_token(model_config, config.data.window)
+        peak = metrics.peak_flops(config.logging)
+
+        # ---- Loop.
+        rows = _host_rows(config.data.batch_size)
+        window_values, since = [], time.monotonic()
+        last_log = first
+        with metrics.Metrics(output, config.logging, flatten(config), first) as log:
+            for index, batch in zip(range(first, config.train.steps), pipeline.iterate(first, rows), strict=False):
+                state, values = step_fn(state, sharding.put_batch(mesh, batch))
+                window_values.append(values)
+                step = index + 1
+                if step == first + 1 or step % config.logging.every == 0 or step == config.train.steps:
+                    # The only place that waits for the device.
+                    means = {k: float(np.mean([jax.device_get(v[k]) for v in window_values])) for k in values}
+                    seconds = time.monotonic() - since
+                    done = (step - last_log) / seconds
+                    means |= {
+                        "learning_rate": float(rate(index)),
+                        "tokens_per_second": done * tokens_per_step,
+                        "tflops_per_second": done * flops_per_step / 1e12,
+                        "tokens": step * tokens_per_step,
+                    }
+                    if peak:
+                        means["mfu"] = done * flops_per_step / peak
+                    if not np.isfinite(means["loss"]):
+                        raise FloatingPointError(f"the loss is {means['loss']} by step {step}: stopped, nothing saved")
+                    log.write(step, means)
+                    left = (config.train.steps - step) / done
+                    compiling = "  (with compilation)" if step == first + 1 else ""
+                    note(metrics.console_line(step, config.train.steps, means, left) + compiling)
+                    window_values, since, last_log = [], time.monotonic(), step
+                checkpoints.save(step, state, resumes, last=step == config.train.steps)
+
+            # ---- Result.
+            result = {"steps": config.train.steps, "final": means if first < config.train.steps else None}
+            if heldout:
+                names, documents, windows = heldout
+                result["perplexity"] = perplexity.evaluate_model(
+                    state.model, mesh, names, documents, windows, config.evaluate.stride
+                )
+                note(f"Held-out perplexity ({len(names)} documents), by position in the document:")
+                note(perplexity.table(result["perplexity"]))
+                values = {f"perplexity/{r['window']}": r["perplexity"] for r in result["perplexity"]}
+                log.write(config.train.steps, values)
+    if jax.process_index() == 0:
+        cli.write_json(str(output / "result.json"), result)
+    note(
+        f"Done. Weights, log and result are in {output}; hand them over with\n"
+        f"  python -m pi_jax.convert --source {output} --target {output}-hf --format hf"
+    )
+    return result
+
+
+def _with_builtin(config: Config, paths: dict[str, str]) -> tuple[Config, str]:
+    """The config with the paths that `builtin:tiny` stands for, and the folder of its tokenizer."""
+    sources = tuple(paths["tokens"] if s == BUILTIN else s for s in config.data.sources)
+    heldout = tuple(paths["heldout"] if s == BUILTIN else s for s in config.evaluate.data)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sources=sources),
+        evaluate=dataclasses.replace(config.evaluate, data=heldout),
+    )
+    return config, paths["tokenizer"]
+
+
+def _model_config(config: Config, files: str) -> tuple[ModelConfig, str]:
+    """The architecture to train, extended as `rope` says, and the folder with its tokenizer."""
+    model = config.model
+    if config.train.init_from:
+        source = open_model(config.train.init_from)
+        files = source.files
+        if model is not None:
+            for field in dataclasses.fields(ModelConfig):
+                ours, theirs = getattr(model, field.name), getattr(source.config, field.name)
+                if ours != theirs and field.name not in ("bos_token_id", "eos_token_id"):
+                    raise InputError(
+                        f"model.{field.name} is {ours} but {config.train.init_from} has {theirs}: correct the config, "
+                        "or leave `model` out of it"
+                    )
+        model = source.config
+    if model is None:
+        raise InputError("neither `model` nor train.init_from is given: say what to train")
+    return extend(model, config.rope), files
+
+
+def _check(config: Config, model: ModelConfig, pipeline: Pipeline, files: str, mesh: jax.sharding.Mesh) -> None:
+    if pipeline.vocab_size > model.vocab_size:
+        raise InputError(
+            f"{config.data.sources[0]} was tokenized with {pipeline.vocab_size} tokens, but the model's vocab_size is "
+            f"{model.vocab_size}: prepare the text with the model's own tokenizer"
+        )
+    if config.train.init_from and _vocab_hash(files) not in (None, pipeline.vocab_hash):
+        raise InputError(
+            f"{config.data.sources[0]} was made with another tokenizer than that of {config.train.init_from}: "
+            f"prepare the text with --tokenizer {files}"
+        )
+    if config.rope.kind != "default" and config.data.window > model.max_position_embeddings:
+        need = config.data.window / model.original_window
+        raise InputError(
+            f"data.window is {config.data.window}, but rope.factor {config.rope.factor:g} stretches the base window of "
+            f"{model.original_window} to {model.max_position_embeddings}: the factor must be at least {need:g}"
+        )
+    sizes = {
+        "data.batch_size": (config.data.batch_size, "batch"),
+        "data.window": (config.data.window, "sequence"),
+        "model.hidden_size": (model.hidden_size, "embed"),
+        "model.num_attention_heads": (model.num_attention_heads, "heads"),
+        "model.num_key_value_heads": (model.num_key_value_heads, "kv_heads"),
+        "model.intermediate_size": (model.intermediate_size, "mlp"),
+        "model.vocab_size": (model.vocab_size, "vocab"),
+    }
+    sharding.require_divisible(mesh, sizes)
+
+
+def _vocab_hash(files: str) -> str | None:
+    from pi_jax.data.prepare import load_tokenizer
+    from pi_jax.data.store import TokenizerInfo
+
+    if not any((pathlib.Path(files) / name).is_file() for name in hf.TOKENIZER_FILES):
+        return None
+    return TokenizerInfo.of(files, load_tokenizer(files).get_vocab()).vocab_hash
+
+
+def _heldout(config: Config, model: ModelConfig, files: str):
+    """Names, tokens and windows of the final evaluation, or None."""
+    if not config.evaluate.data:
+        return None
+    names, documents = perplexity.read_tokens(config.evaluate.data, files, model.vocab_size, config.evaluate.max_tokens)
+    windows = config.evaluate.windows or (config.data.window,)
+    perplexity.require_long_enough(documents, windows)
+    return names, documents, windows
+
+
+def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> TrainState:
+    template = abstract(model_config, config.compute)
+    shardings = sharding.shard_tree(mesh, template, parameter_axes(template))
+    if checkpoints.steps():
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
+        restored = checkpoints.restore(jax.eval_shape(functools.partial(first_state, optimizer=optimizer), target))
+        for reason in restored.skipped:
+            note(f"Left out checkpoint of {reason}")
+        for what, now in resumes.items():
+            if (before := restored.metadata.get(what)) != now:
+                raise InputError(
+                    f"{config.train.output} holds checkpoints of a run with other {what} settings ({before}, "
+                    f"now {now}): give the new run another train.output"
+                )
+        if restored.step > config.train.steps:
+            raise InputError(f"train.steps is {config.train.steps}, but {config.train.output} is at {restored.step}")
+        note(f"Resumed from step {restored.step}")
+        return restored.state
+    if config.train.init_from:
+        note(f"Reading weights from {config.train.init_from}")
+        source = dataclasses.replace(open_model(config.train.init_from), config=model_config)
+        return first_state(source.load(config.compute, mesh), optimizer)
+    note("Starting from random weights")
+    make = jax.jit(functools.partial(Llama, model_config, config.compute), out_shardings=shardings)
+    return first_state(make(jax.random.key(config.train.seed)), optimizer)
+
+
+def _host_rows(batch_size: int) -> slice:
+    """The rows of a global batch that this process feeds to its devices."""
+    each = batch_size // jax.process_count()
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def _write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, files: str) -> None:
+    """What the run was and what an export needs: config.json, model/config.json, model/tokenizer files."""
+    flat = {
+        k: v if isinstance(v, (int, float, str, bool, list, tuple, type(None))) else f"{v}"
+        for k, v in flatten(config).items()
+    }
+    versions = {"pi_jax": __version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    cli.write_json(str(output / "config.json"), {"config": flat, "versions": versions})
+    folder = output / RUN_MODEL
+    folder.mkdir(parents=True, exist_ok=True)
+    hf.copy_tokenizer(files, folder)
+    cli.write_json(str(folder / "config.json"), hf.config_dict(model, config.compute.param_dtype))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: train(*parse(argv)))
+
+
+if __name__ == "__main__":
+    main()
