@@ -63,16 +63,12 @@ TEXT_PACKAGES = (
     *("anarchism", "cfi-en", "debian-handbook", "debian-policy"),
     *("jargon-text", "r-cran-janeaustenr", "r-cran-tokenizers", "sword-comm-tdavid"),
 )
-TEST_DOCUMENTS = frozenset(
-    {"moby_dick", "emma", "pride_and_prejudice", "anarchist_faq_secJ5", "debian_handbook"}
-)
+TEST_DOCUMENTS = frozenset({"moby_dick", "emma", "pride_and_prejudice", "anarchist_faq_secJ5", "debian_handbook"})
 MIN_CHARACTERS = 60_000  # about 15,000 tokens: longer than the 8,192 the model was trained on
 MOBY_DICK_SKIPPED = 60_000  # licence, contents, quotations about whales and the first pages
 
 # What HTML pages and OSIS (the XML of SWORD modules) call a paragraph, and what is not their text.
-PARAGRAPH = re.compile(
-    r"(?i)</?(p|div|[oud]l|li|d[td]|t(able|r)|pre|blockquote|h[1-6r]|title|item|list|lg?)\b[^>]*>"
-)
+PARAGRAPH = re.compile(r"(?i)</?(p|div|[oud]l|li|d[td]|t(able|r)|pre|blockquote|h[1-6r]|title|item|list|lg?)\b[^>]*>")
 NOT_TEXT = re.compile(
     r"(?is)<!--.*?-->|<(head|script|style)\b.*?</\1>"
     r'|<(div|ul|p) (?:class="(?:toc|docnav[^"]*)"|id="(?:banner|title)")>.*?</\2>'
@@ -153,9 +149,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
     """Returns the ids of the special tokens, by the name of their configuration field."""
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    return {
-        f"{k}_token_id": int(metadata[f"tokenizer.ggml.{v}_token_id"]) for k, v in names.items()
-    }
+    return {f"{k}_token_id": int(metadata[f"tokenizer.ggml.{v}_token_id"]) for k, v in names.items()}
 
 
 def hf_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -63,11 +63,12 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path, config: CheckpointConfig):
         policies = ocp.training.save_decision_policies
-        partial_load = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
         self._folder = pathlib.Path(folder).absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
-            context=ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial_load)),
+            context=context,
             save_decision_policy=policies.FixedIntervalPolicy(config.every),
             preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
             cleanup_tmp_directories=True,

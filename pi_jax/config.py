@@ -84,9 +84,13 @@ class RopeConfig:
     """The extension: how the RoPE of the base model is scaled for training, evaluation or export."""
 
     kind: str = "default"
-    """'linear' is Position Interpolation; 'default' leaves the base model's RoPE as it is."""
+    """'linear' is Position Interpolation; 'ntk', 'dynamic' and 'yarn' are the alternatives (docs/rope.md); 'default'
+    leaves the base model's RoPE as it is."""
     factor: float = 1.0
     """New window divided by the base model's window."""
+    stacking: Literal["refuse", "compose", "replace"] = "refuse"
+    """If the model is scaled already: stop; multiply the factors ('linear' on 'linear' only); or start again from the
+    base model's window and theta, as if it had never been scaled."""
 
     def __post_init__(self):
         build_scaling(self.kind, 10000.0, self.factor)
@@ -275,23 +279,45 @@ def extend(model: ModelConfig, wanted: RopeConfig) -> ModelConfig:
     `RopeConfig()` (kind 'default') leaves the model alone, scaled or not. The same scaling once more is no change.
 
     Raises:
-      InputError: if the model is already scaled in another way; the factors are never multiplied silently.
+      InputError: if the model is already scaled in another way and `wanted.stacking` does not say what that means, or
+        says what this model does not allow; factors are never multiplied silently.
     """
     if wanted.kind == "default":
         return model
-    scaling = build_scaling(wanted.kind, model.rope.theta, wanted.factor)
+    original, longest = model.original_window, model.max_position_embeddings
+    scaling = build_scaling(wanted.kind, model.rope.theta, wanted.factor, window=original, head_dim=model.head_dim)
     if scaling == model.rope:
         return model
-    if model.rope.kind != "default":
-        raise InputError(
-            f"the model's RoPE is already {model.rope}, and rope asks for {scaling}: start from the unscaled model, "
-            "or leave rope.kind at 'default' to go on with the scaling it has"
-        )
+    recorded = model.original_max_position_embeddings is not None
+    if model.rope.kind != "default" or recorded:
+        if wanted.stacking == "refuse":
+            raise InputError(
+                f"the model is already scaled, {model.rope} with a window of {longest}, and rope asks for {scaling}: "
+                "say by rope.stacking whether to 'compose' the two or to 'replace' the old one, or leave rope.kind at "
+                "'default' to go on with the scaling it has"
+            )
+        if wanted.stacking == "compose":
+            if model.rope.kind != "linear" or wanted.kind != "linear":
+                raise InputError(
+                    f"rope.stacking is 'compose', which multiplies the factors of 'linear' and 'linear', but the model "
+                    f"has {model.rope} and rope asks for {scaling}"
+                )
+            return dataclasses.replace(
+                model,
+                rope=dataclasses.replace(model.rope, factor=model.rope.factor * wanted.factor),
+                max_position_embeddings=int(longest * wanted.factor),
+            )
+        if model.rope.kind == "default" or not recorded:
+            raise InputError(
+                f"rope.stacking is 'replace', but the model, {model.rope} with a window of {longest}, does not record "
+                "the theta or the window it had before: start from the unscaled model"
+            )
+    extended = int(original * wanted.factor)
     return dataclasses.replace(
         model,
         rope=scaling,
-        max_position_embeddings=int(model.max_position_embeddings * wanted.factor),
-        original_max_position_embeddings=model.max_position_embeddings,
+        max_position_embeddings=extended,
+        original_max_position_embeddings=original if extended > original else None,
     )
 
 

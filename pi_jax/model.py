@@ -131,11 +131,8 @@ class Attention(nnx.Module):
         with jax.named_scope("rope"):
             q_BSNH, k_BSKH = (rope.apply_phases(x, *cos_sin_BSR) for x in (q_BSNH, k_BSKH))
 
-        def attend(q, k, v, segment_ids=None):
-            return attention(q, k, v, segment_ids=segment_ids, implementation=self.compute.attention)
-
-        segments = () if segment_ids_BS is None else (segment_ids_BS,)
-        out_BSNH = sharding.on_shards(attend, q_BSNH, k_BSKH, v_BSKH, *segments)
+        backend = functools.partial(attention, implementation=self.compute.attention)
+        out_BSNH = sharding.attend(backend, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)
         with jax.named_scope("out"):
             return sharding.einsum("BSNH,DNH->BSD", out_BSNH, _use(self.o, dtype), axes=("batch", "sequence", None))
 

@@ -121,14 +121,27 @@ def take(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
     return table_VD.at[tokens_BS].get(out_sharding=out)
 
 
-def on_shards(function, *arrays):
-    """Calls a function of arrays on each device's own shards; the result is split like the first array.
+def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
+    """Calls `attention(q, k, v, segment_ids=, q_positions=)` on each device's own rows, heads and queries.
 
-    Attention kernels run this way: batch and heads are independent, so no device needs another's.
+    Rows and heads are independent. Where the sequence is split, every device needs all keys and values of its rows up
+    to its queries: they are gathered over the context axis, and the queries are told their place in the row.
     """
     if not _in_mesh():
-        return function(*arrays)
-    return jax.shard_map(function, out_specs=jax.typeof(arrays[0]).sharding.spec, check_vma=False)(*arrays)
+        return attention(q_BSNH, k_BSKH, v_BSKH, segment_ids=segment_ids_BS, q_positions=None)
+    whole = GATHERED.spec(("batch", None, "kv_heads", None))
+    k_BSKH, v_BSKH = (jax.reshard(x, whole) for x in (k_BSKH, v_BSKH))
+    segments = ()
+    if segment_ids_BS is not None:
+        segments = (segment_ids_BS, jax.reshard(segment_ids_BS, GATHERED.spec(("batch", None))))
+
+    def local(q, k, v, *segments):
+        place = jax.lax.axis_index(RULES.sequence) * q.shape[1] + jnp.arange(q.shape[1])
+        q_positions = jnp.broadcast_to(place, q.shape[:2])
+        return attention(q, k, v, segment_ids=segments or None, q_positions=q_positions)
+
+    out_specs = jax.typeof(q_BSNH).sharding.spec
+    return jax.shard_map(local, out_specs=out_specs, check_vma=False)(q_BSNH, k_BSKH, v_BSKH, *segments)
 
 
 def on_token_shards(function, hidden, weight, *arrays, summed: bool):

@@ -52,7 +52,7 @@ def make_step(optimizer: optax.GradientTransformation) -> StepFn:
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
-        values = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, model, opt_state), values
 
     return step
@@ -247,7 +247,8 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
     shardings = sharding.shard_tree(mesh, template, parameter_axes(template))
     if checkpoints.steps():
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
-        restored = checkpoints.restore(jax.eval_shape(functools.partial(first_state, optimizer=optimizer), target))
+        shapes = jax.eval_shape(functools.partial(first_state, optimizer=optimizer), target)
+        restored = checkpoints.restore(jax.tree.map(functools.partial(_placed, mesh), shapes))
         for reason in restored.skipped:
             note(f"Left out checkpoint of {reason}")
         for what, now in resumes.items():
@@ -267,6 +268,12 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
     note("Starting from random weights")
     make = jax.jit(functools.partial(Llama, model_config, config.compute), out_shardings=shardings)
     return first_state(make(jax.random.key(config.train.seed)), optimizer)
+
+
+def _placed(mesh: jax.sharding.Mesh, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A shape whose partition is known by its type, on the devices of the mesh; a step count is on all of them."""
+    spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
 
 def _host_rows(batch_size: int) -> slice:

@@ -83,14 +83,13 @@ def read_config(folder: str) -> ModelConfig:
     heads = config["num_attention_heads"]
     try:
         scaling = rope.from_hf(config)
-        window = config.get("max_position_embeddings", 2048)
-        original = config.get("max_sequence_length")
+        window, original = rope.window_from_hf(config, scaling)
         return ModelConfig(
             **{key: config[key] for key in _REQUIRED},
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             max_position_embeddings=window,
-            original_max_position_embeddings=original if original != window else None,
+            original_max_position_embeddings=original,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             rope=scaling,
@@ -108,12 +107,8 @@ def _first(token: int | list[int] | None) -> int | None:
 
 
 def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` in the form that transformers 4 and 5, vLLM, SGLang and llama.cpp all read correctly.
-
-    `max_position_embeddings` is the extended window, which transformers and llama.cpp want; `max_sequence_length` is
-    the original one, which vLLM and SGLang multiply by the factor.
-    """
-    config = {
+    """`config.json` in the form that transformers 4 and 5, vLLM, SGLang and llama.cpp all read correctly."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": model.vocab_size,
@@ -130,16 +125,13 @@ def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": model.tie_word_embeddings,
-        "max_position_embeddings": model.max_position_embeddings,
+        **rope.window_to_hf(model.rope, model.max_position_embeddings, model.original_max_position_embeddings),
         **rope.to_hf(model.rope),
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
         "use_cache": True,
         "torch_dtype": dtype,
     }
-    if model.original_max_position_embeddings:
-        config["max_sequence_length"] = model.original_max_position_embeddings
-    return config
 
 
 class Tensors:

@@ -22,14 +22,9 @@ INFO = TokenizerInfo("Toy", 1000, "0" * 64)
 def tokenizer_dir(tmp_path):
     folder = tmp_path / "tokenizer source"
     folder.mkdir()
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "model.safetensors",
-        "config.json",
-    ):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors", "config.json"):
         (folder / name).write_text(name)
+    (folder / "merges.txt").write_text("")
     return folder
 
 
@@ -103,7 +98,7 @@ def test_manifest(tmp_path, tokenizer_dir):
     for name, size in manifest["files"].items():
         assert (tmp_path / "s" / name).stat().st_size == size
     copied = sorted(file.name for file in (tmp_path / "s/tokenizer").iterdir())
-    assert copied == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert copied == ["chat_template.jinja", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
     assert store.tokenizer_dir == str(tmp_path / "s/tokenizer")
 
 
@@ -280,7 +275,7 @@ def test_a_flipped_bit_and_a_lost_shard_are_errors_when_read(tmp_path, tokenizer
 
 def test_a_remote_store_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(store_module, "_SECONDS_TO_ANSWER", 0)
-    with pytest.raises(InputError, match="http://127.0.0.1:9/s does not answer in 0 s"):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/s does not answer in 0 s"):
         TokenStore.open("http://127.0.0.1:9/s")
 
 

@@ -1,0 +1,262 @@
+"""Why interpolation is stable and extrapolation is not: the paper's section 2.3 and appendices B and C, checked.
+
+The attention score of a query and a key s tokens apart is a(s) = Re sum_j h_j exp(i s theta_j) (Eq. 3). Interpolation
+reads it between the integers that were trained, extrapolation beyond them. The paper bounds both; its constant for the
+first is too small (`interpolation_bound`). `python -m pi_jax.theory --output DIR` draws Figures 2 and 5 and prints the
+tables; with `--model` and `--text` it also measures how large h and a(s) are in a real model (`pi_jax.scores`).
+
+Everything here is float64. Shapes: H head size, R = H/2 rotated pairs.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+from jaxtyping import Complex, Float
+
+from pi_jax import cli
+from pi_jax.errors import InputError
+
+SEED = 0
+"""Of the random targets of Figure 2."""
+
+
+def frequencies(head_dim: int, theta: float = 10000.0) -> Float[np.ndarray, "R"]:
+    """theta_j = theta^(-2j/H), float64."""
+    return theta ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+def score(h_R: Complex[np.ndarray, "*batch R"], distance: Any, theta_R: np.ndarray) -> Float[np.ndarray, "*batch"]:
+    """a(s) (Eq. 3) for one distance or an array of them, which broadcasts against all axes of `h_R` but the last."""
+    return np.real(np.sum(h_R * np.exp(1j * np.asarray(distance)[..., None] * theta_R), axis=-1))
+
+
+def printed_bound(head_dim: int, theta: float = 10000.0) -> float:
+    """Theorem 2.1 at neighbouring integers as printed (Eq. 7), in units of max|h_j|: H / (32 ln c). Too small."""
+    return head_dim / (32 * math.log(theta))
+
+
+def interpolation_bound(head_dim: int, theta: float = 10000.0) -> float:
+    """Theorem 2.1 at neighbouring integers with the constant that its proof gives, in units of max|h_j|.
+
+    |a(s) - chord(s)| <= (s - s1)(s2 - s) / 2 * max|a''| and |a''| <= max|h_j| sum_j theta_j^2, a geometric series with
+    the sum (1 - c^-2) / (1 - c^(-4/H)); (s - s1)(s2 - s) is 1/4 at most. The paper replaces that sum by H / (4 ln c)
+    through c^x <= 1 + x ln c (Eq. 14), but c^x is convex and the inequality holds the other way round.
+    """
+    return (1 - theta**-2) / (8 * (1 - theta ** (-4 / head_dim)))
+
+
+def counter_example(head_dim: int, theta: float = 10000.0) -> float:
+    """The distance of a(1/2) from the chord between a(0) and a(1), for h_j = exp(-i theta_j / 2), where |h_j| = 1."""
+    theta_R = frequencies(head_dim, theta)
+    a_0, a_half, a_1 = score(np.exp(-0.5j * theta_R), np.array([0.0, 0.5, 1.0]), theta_R)
+    return abs(a_half - (a_0 + a_1) / 2)
+
+
+def extrapolation_bound(distances: np.ndarray, head_dim: int, theta: float = 10000.0) -> np.ndarray:
+    """B(s) = sum_k |A_{k+1}(s)|, with A_k(s) = sum_{j<k} exp(i s theta_j) (Eq. 8): |a(s)| <= 2 max|h_j| B(s)."""
+    rotations = np.exp(1j * np.asarray(distances)[:, None] * frequencies(head_dim, theta))
+    return np.abs(np.cumsum(rotations, axis=1)).sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A score function that is harmless on [0, window) and was fitted to nothing but noise (Figure 2)."""
+
+    window: int
+    theta_R: np.ndarray
+    h_R: np.ndarray
+    targets: np.ndarray
+
+    def __call__(self, distances: np.ndarray) -> np.ndarray:
+        return score(self.h_R, distances, self.theta_R)
+
+
+def fit(head_dim: int = 128, window: int = 2048, seed: int = SEED) -> Fit:
+    """Least squares of `window` standard-normal targets on the H functions cos(s theta_j), sin(s theta_j).
+
+    float64 and SVD (`numpy.linalg.lstsq`). The problem is singular to working precision, so that how far the result
+    flies off outside the window depends on solver and precision; that it does, does not.
+    """
+    theta_R = frequencies(head_dim)
+    angles = np.arange(window)[:, None] * theta_R
+    targets = np.random.default_rng(seed).standard_normal(window)
+    solution = np.linalg.lstsq(np.concatenate([np.cos(angles), np.sin(angles)], axis=1), targets, rcond=None)[0]
+    cosines, sines = np.split(solution, 2)
+    return Fit(window, theta_R, cosines - 1j * sines, targets)
+
+
+def bound_rows(head_dims: Sequence[int] = (8, 16, 32, 64, 80, 96, 128), reach: int = 4096) -> list[dict[str, float]]:
+    """For each head size: B(s)/H at 0, its minimum over [0, reach), the place of it, the share of s below 1; and the
+    counter-example to the printed bound beside both bounds."""
+    rows = []
+    for d in head_dims:
+        ratios = extrapolation_bound(np.arange(reach), d) / d
+        rows.append(
+            {
+                "head_dim": d,
+                "reach": reach,
+                "at_0": ratios[0],
+                "minimum": ratios.min(),
+                "at": int(ratios.argmin()),
+                "share_below_1": float((ratios < 1).mean()),
+                "counter_example": counter_example(d),
+                "printed_bound": printed_bound(d),
+                "corrected_bound": interpolation_bound(d),
+            }
+        )
+    return rows
+
+
+def bound_tables(rows: Sequence[dict[str, float]]) -> str:
+    """The rows of `bound_rows` as two tables for people."""
+    lines = [
+        "Extrapolation (Eq. 8): the paper argues with B(s) >= H",
+        "   H        s <  B(0)/H  min B(s)/H   at s  B(s)/H < 1",
+    ]
+    for r in rows:
+        lines.append(
+            f"{r['head_dim']:4}  {r['reach']:7}  {r['at_0']:6.2f}  {r['minimum']:10.4f}  {r['at']:5}  "
+            f"{r['share_below_1']:9.1%}"
+        )
+    lines += [
+        "",
+        "Interpolation (Theorem 2.1): |a(1/2) - chord| of h_j = exp(-i theta_j / 2), and the bounds, for max|h_j| = 1",
+        "   H  counter-example  printed bound  exceeded by  corrected bound",
+    ]
+    for r in {r["head_dim"]: r for r in rows}.values():
+        lines.append(
+            f"{r['head_dim']:4}  {r['counter_example']:15.4f}  {r['printed_bound']:13.4f}  "
+            f"{r['counter_example'] / r['printed_bound']:10.2f}x  {r['corrected_bound']:15.4f}"
+        )
+    return "\n".join(lines)
+
+
+INSIDE, BEYOND, NEUTRAL = "#1f5fa8", "#c0392b", "#555555"
+
+
+def new_figure(width: float, height: float, panels: int):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("the figures need matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(1, panels))
+
+
+def draw_figure2(path: pathlib.Path, fitted: Fit) -> dict[str, float]:
+    """Figure 2: a score function that behaves within its window, explodes beyond, and is smooth between integers.
+
+    Returns:
+      The largest |a(s)| inside and beyond.
+    """
+    figure, (left, middle, right) = new_figure(15, 4.4, 3)
+    window = fitted.window
+    inside, beyond = np.arange(window), np.arange(window, 2 * window)
+    a_inside, a_beyond = fitted(inside), fitted(beyond)
+    left.plot(inside, a_inside, color=INSIDE, lw=0.8)
+    left.set(title=f"Trained distances: |a(s)| stays below {np.abs(a_inside).max():.1f}", ylabel="score a(s)")
+    middle.semilogy(inside, np.abs(a_inside), color=INSIDE, lw=0.6, label="trained")
+    middle.semilogy(beyond, np.abs(a_beyond), color=BEYOND, lw=0.8, label="extrapolated")
+    middle.axvline(window, color=NEUTRAL, ls="--", lw=1)
+    middle.set(title=f"Beyond them it reaches {np.abs(a_beyond).max():.0e}", ylabel="|a(s)|, logarithmic")
+    middle.set_ylim(bottom=1e-3)
+    middle.legend(loc="upper left")
+    fine, whole = np.arange(25, 75.01, 0.125), np.arange(25, 76)
+    right.plot(fine, fitted(fine), color=BEYOND, lw=1.2, label="interpolated, steps of 1/8")
+    right.plot(whole, fitted(whole), "o", color=INSIDE, ms=4, label="trained, whole distances")
+    right.set(title="Between them it is smooth", ylabel="score a(s)")
+    right.margins(y=0.25)
+    right.legend(loc="upper right")
+    for axes in (left, middle, right):
+        axes.set_xlabel("distance s between query and key (tokens)")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    return {"inside_max": float(np.abs(a_inside).max()), "beyond_max": float(np.abs(a_beyond).max())}
+
+
+def draw_figure5(path: pathlib.Path, reach: int = 4096, head_dims: Sequence[int] = (128, 64)) -> None:
+    """Figure 5: B(s)/H against the line at 1 that the paper's "600 times" rests on; a smaller head falls below it."""
+    figure, (axes,) = new_figure(9, 5, 1)
+    distances = np.arange(reach)
+    for d, color in zip(head_dims, (INSIDE, BEYOND), strict=True):
+        ratios = extrapolation_bound(distances, d) / d
+        lowest = int(ratios.argmin())
+        axes.semilogy(distances, ratios, color=color, lw=0.7, label=f"H = {d}: {ratios[0]:.2f} at 0")
+        axes.plot(lowest, ratios[lowest], "v", color=color, ms=9, label=f"lowest: {ratios[lowest]:.4f} at s = {lowest}")
+    axes.axhline(1, color="black", ls="--", lw=1.5)
+    axes.text(0, 0.95, "B(s) = H: below this line the paper's argument fails", va="top", fontsize=11)
+    axes.set(
+        title="B(s) >= H holds for the paper's head size, and not for a smaller one",
+        xlabel="distance s between query and key (tokens)",
+        ylabel="B(s) / H (no unit), logarithmic",
+    )
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", ncols=2)
+    figure.savefig(path, dpi=130)
+
+
+@dataclasses.dataclass(frozen=True)
+class Theory:
+    """Draw Figures 2 and 5 of the Position Interpolation paper and print where its bounds hold.
+
+    With --model and --text, also measure h and the scores of a model inside and beyond its window."""
+
+    output: str
+    """Folder for figure2.png, figure5.png, theory.json and, with a model, measured.png."""
+    model: str = ""
+    """Hugging Face folder, or the folder of a pi_jax run."""
+    text: str = ""
+    """Text file for the model to read."""
+    tokens: int = 1024
+    """Tokens of the text that are read."""
+
+    def __post_init__(self):
+        if bool(self.model) != bool(self.text):
+            raise InputError("--model and --text belong together: give both or neither")
+        if self.tokens < 2:
+            raise InputError(f"tokens is {self.tokens}: it must be at least 2")
+
+
+def theory(args: Theory) -> dict[str, Any]:
+    """Runs the command; returns what it writes to theory.json."""
+    folder = pathlib.Path(args.output)
+    new_figure(1, 1, 1)  # before the work: is matplotlib there?
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.output} cannot be made: {error.strerror}") from None
+    rows = [*bound_rows(), *bound_rows((128,), reach=32768)]
+    print(bound_tables(rows))
+    report = {"command": "theory", "seed": SEED, "solver": "numpy.linalg.lstsq, float64", "bounds": rows}
+    report["figure2"] = draw_figure2(folder / "figure2.png", fit())
+    print(
+        f"\nFigure 2 (seed {SEED}, float64 least squares by SVD): |a(s)| up to {report['figure2']['inside_max']:.2f} "
+        f"inside, up to {report['figure2']['beyond_max']:.2g} beyond the window"
+    )
+    draw_figure5(folder / "figure5.png")
+    if args.model:
+        from pi_jax import scores
+
+        measured = scores.measure(args.model, args.text, args.tokens)
+        report |= {"model": args.model, "text": args.text, "measured": scores.summarize(measured)}
+        scores.draw(folder / "measured.png", measured)
+        print(f"\nMeasured on {args.model}\n" + scores.table(report["measured"]))
+    cli.write_json(str(folder / "theory.json"), report)
+    print(f"\nwritten to {args.output}: figures and theory.json")
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: theory(tyro.cli(Theory, prog="python -m pi_jax.theory", args=argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Checkpoints come back bit for bit, on any mesh, and damage is noticed."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pi_jax import sharding
+from pi_jax.checkpoint import Checkpoints, fingerprint
+from pi_jax.config import CheckpointConfig, MeshConfig
+from pi_jax.errors import InputError
+
+AXES = ("embed", "mlp")
+
+
+def _state(seed, mesh):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    place = sharding.named(mesh, AXES)
+    return {
+        "w": jax.device_put(jax.random.normal(keys[0], (64, 32)), place),
+        "half": jax.device_put(jax.random.normal(keys[1], (64, 32), jnp.bfloat16), place),
+        "step": jax.device_put(jnp.int32(seed), jax.NamedSharding(mesh, jax.P())),
+    }
+
+
+def _template(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Checkpoints of steps 1, 2 and 3, of which two are kept."""
+    mesh = sharding.make_mesh(MeshConfig())
+    with jax.set_mesh(mesh), Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, _state(step, mesh), {"data": "x"}, last=step == 3)
+    return tmp_path
+
+
+def _restore(folder, config=MeshConfig(), **changes):
+    mesh = sharding.make_mesh(config)
+    template = _template(_state(0, mesh)) | changes
+    with jax.set_mesh(mesh), Checkpoints(folder, CheckpointConfig()) as checkpoints:
+        return checkpoints.restore(template)
+
+
+def _same(state, seed):
+    for name, leaf in _state(seed, sharding.make_mesh(MeshConfig())).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(state[name]))
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(fsdp=2, tensor=4)], ids=str)
+def test_the_newest_comes_back_on_any_mesh(saved, config):
+    restored = _restore(saved, config)
+    assert (restored.step, restored.metadata["data"], restored.skipped) == (3, "x", [])
+    _same(restored.state, 3)
+    assert sorted(p.name for p in saved.iterdir() if p.name.isdigit()) == ["2", "3"]
+
+
+def _largest(folder):
+    return max((p for p in pathlib.Path(folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _flip(folder):
+    data = bytearray(_largest(folder / "3").read_bytes())
+    data[len(data) // 2] ^= 4
+    _largest(folder / "3").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip,
+        lambda f: _largest(f / "3").write_bytes(b""),
+        lambda f: _largest(f / "3").unlink(),
+        lambda f: (f / "9").mkdir(),
+    ],
+    ids=["one bit", "emptied file", "lost file", "empty folder of a later step"],
+)
+def test_a_damaged_newest_is_left_out_and_said(saved, damage):
+    damage(saved)
+    restored = _restore(saved)
+    assert restored.step == (3 if (saved / "9").exists() else 2)
+    assert len(restored.skipped) == 1
+    _same(restored.state, restored.step)
+
+
+def test_never_from_scratch_when_all_are_damaged(saved):
+    for step in ("2", "3"):
+        _largest(saved / step).write_bytes(b"")
+    with pytest.raises(InputError, match="no usable checkpoint.*not starting afresh"):
+        _restore(saved)
+
+
+def test_none_at_all_is_none(tmp_path):
+    assert _restore(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"w": ((64, 32), "bfloat16")},  # Orbax would cast
+        {"w": ((32, 64), "float32")},
+        {"more": ((2,), "float32")},
+    ],
+)
+def test_another_state_is_refused(saved, wrong):
+    mesh = sharding.make_mesh(MeshConfig())
+    place = jax.NamedSharding(mesh, jax.P())
+    changes = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in wrong.items()}
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        _restore(saved, **changes)
+
+
+def test_a_state_with_nan_does_not_push_out_a_good_one(saved):
+    mesh = sharding.make_mesh(MeshConfig())
+    state = _state(4, mesh)
+    broken = np.array(state["w"])
+    broken[3, 3] = np.nan
+    state["w"] = jax.device_put(broken, state["w"].sharding)
+    with jax.set_mesh(mesh), Checkpoints(saved, CheckpointConfig(every=1, keep=1)) as checkpoints:
+        with pytest.raises(FloatingPointError, match="w"):
+            checkpoints.save(4, state, {}, last=True)
+        assert checkpoints.steps() == [3, 2]
+
+
+def test_the_fingerprint_sees_values_and_places():
+    x = jnp.arange(12.0).reshape(3, 4)
+    assert fingerprint({"x": x}) == fingerprint({"x": x + 0})
+    assert fingerprint({"x": x}) != fingerprint({"x": x[::-1]})
+    assert fingerprint({"x": x}) != fingerprint({"x": x.at[0, 0].set(-0.0)})

@@ -1,0 +1,206 @@
+"""A whole run in miniature: it learns, resumes to the bit, and says what is wrong before it starts."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from pi_jax import train
+from pi_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RopeConfig,
+    TrainConfig,
+)
+from pi_jax.convert import hf
+from pi_jax.convert.__main__ import Convert, convert
+from pi_jax.convert.sources import open_model
+from pi_jax.data.pipeline import open_pipeline
+from pi_jax.errors import InputError
+from pi_jax.model import Llama
+from pi_jax.testing import tiny_model_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(inputs, tmp_path):
+    """A run of 6 steps on the tiny model; checkpoints every 2."""
+    return Config(
+        model=tiny_model_config(),
+        rope=RopeConfig("linear", 2.0),
+        compute=ComputeConfig(dtype="float32", loss_chunk=64),
+        data=DataConfig(sources=(inputs["tokens"],), window=128, batch_size=8, prefetch=2),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        train=TrainConfig(output=str(tmp_path / "run"), steps=6),
+        checkpoint=CheckpointConfig(every=2),
+        logging=LoggingConfig(every=1, tensorboard=False),
+    )
+
+
+def _with(config, **sections):
+    """The config with fields of its sections changed."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **changes) for name, changes in sections.items()}
+    )
+
+
+def _losses(config):
+    lines = (pathlib.Path(config.train.output) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
+
+
+def test_a_run_learns_evaluates_and_hands_over(config, inputs, tmp_path, capsys):
+    config = dataclasses.replace(
+        _with(config, train={"steps": 30}, logging={"every": 10, "tensorboard": True}),
+        evaluate=EvaluateConfig(data=(inputs["heldout"],), windows=(64, 128), stride=64, max_tokens=256),
+    )
+    result = train.train(config, config)
+    losses = _losses(config)
+    assert sorted(losses) == [1, 10, 20, 30] and losses[30] < losses[1] - 1.5
+    assert result["perplexity"][1]["window"] == 128 and 1 < result["perplexity"][1]["perplexity"] < 60
+    run = pathlib.Path(config.train.output)
+    assert json.loads((run / "result.json").read_text())["perplexity"] == result["perplexity"]
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["config"]["rope.factor"] == 2.0 and saved["versions"]["jax"] == jax.__version__
+    assert any((run / "tensorboard").iterdir())
+    printed = capsys.readouterr().out
+    assert "tok/s" in printed and "left" in printed and "Held-out perplexity" in printed
+
+    convert(Convert(config.train.output, str(tmp_path / "out")))
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported["rope_scaling"]["factor"] == 2.0 and exported["max_position_embeddings"] == 128
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert open_model(str(tmp_path / "out")).config == open_model(config.train.output).config
+
+
+def test_a_resumed_run_continues_to_the_bit(config, tmp_path):
+    straight = config
+    train.train(straight, straight)
+    halves = _with(config, train={"output": str(tmp_path / "halves"), "steps": 4})
+    train.train(halves, halves)
+    rest = _with(halves, train={"steps": 6}, mesh={"data": 2})  # and on another mesh
+    train.train(rest, rest)
+    resumed, whole = _losses(rest), _losses(straight)
+    assert sorted(resumed) == sorted(whole) == [1, 2, 3, 4, 5, 6]
+    assert [resumed[s] for s in (1, 2, 3, 4)] == [whole[s] for s in (1, 2, 3, 4)]
+    np.testing.assert_allclose([resumed[5], resumed[6]], [whole[5], whole[6]], rtol=1e-6)
+
+
+def test_batches_do_not_depend_on_devices_or_hosts(config):
+    whole = open_pipeline(config.data).batch(3)
+    parts = [open_pipeline(config.data).batch(3, slice(2 * host, 2 * host + 2)) for host in range(4)]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
+
+
+def test_one_step_is_what_it_was(config):
+    """Golden values of the first step, on any machine: if you meant to change the training, put in the new ones."""
+    config = _with(config, train={"steps": 1})
+    train.train(config, config)
+    line = json.loads((pathlib.Path(config.train.output) / "metrics.jsonl").read_text())
+    np.testing.assert_allclose([line["loss"], line["grad_norm"], line["learning_rate"]], GOLDEN, rtol=1e-3)
+
+
+GOLDEN = [5.6, 2.5, 3e-4]
+
+
+def test_training_starts_from_a_hugging_face_folder(config, inputs, tmp_path, mesh):
+    base = tiny_model_config(num_key_value_heads=1)
+    with jax.set_mesh(mesh):
+        model = Llama(base, config.compute, jax.random.key(7))
+        hf.save(model, str(tmp_path / "base"), inputs["tokenizer"])
+    config = dataclasses.replace(
+        _with(config, train={"init_from": str(tmp_path / "base"), "steps": 1}, optimizer={"learning_rate": 1e-12}),
+        model=None,
+    )
+    train.train(config, config)
+    source = open_model(config.train.output)
+    assert source.config.rope.factor == 2.0 and source.config.num_key_value_heads == 1
+    with jax.set_mesh(mesh):
+        tuned = source.load(config.compute, mesh)
+    np.testing.assert_allclose(tuned.embedding[...], model.embedding[...], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"sources": ()}}, "data.sources is empty"),
+        ({"data": {"sources": ("nowhere",)}}, "nowhere"),
+        ({"data": {"window": 128 * 1024}, "rope": {"factor": 2048.0}}, "longest document"),
+        ({"data": {"window": 256}}, "the factor must be at least 4"),
+        ({"data": {"batch_size": 6}}, "data.batch_size is 6, which does not divide over 8"),
+        ({"model": {"vocab_size": 256}}, "model's vocab_size is 256"),
+        ({"train": {"init_from": "nowhere"}}, "nowhere: there is no such folder"),
+        ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+        ({"logging": {"wandb_project": "x"}}, "pip install wandb"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(config, sections, message):
+    config = _with(config, **sections)
+    if "wandb" not in message:
+        with pytest.raises(InputError, match=message):
+            train.train(config, config)
+        assert not (pathlib.Path(config.train.output) / "metrics.jsonl").exists()
+    elif not _installed("wandb"):
+        with pytest.raises(InputError, match=message):
+            train.train(config, config)
+
+
+def _installed(name):
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def test_a_model_of_another_shape_than_the_folder_is_refused(config, inputs, tmp_path, mesh):
+    with jax.set_mesh(mesh):
+        model = Llama(tiny_model_config(), config.compute, jax.random.key(0))
+        hf.save(model, str(tmp_path / "base"), inputs["tokenizer"])
+    config = _with(config, train={"init_from": str(tmp_path / "base")}, model={"hidden_size": 128})
+    with pytest.raises(InputError, match="model.hidden_size is 128 but .* has 64"):
+        train.train(config, config)
+
+
+def test_resuming_with_other_data_or_model_is_refused(config):
+    config = _with(config, train={"steps": 2})
+    train.train(config, config)
+    with pytest.raises(InputError, match="other data settings"):
+        train.train(_with(config, data={"seed": 5}), config)
+    with pytest.raises(InputError, match="other model settings|holds another state|no usable checkpoint"):
+        train.train(_with(config, model={"rms_norm_eps": 1e-6}), config)
+    with pytest.raises(InputError, match=r"train.steps is 1, but .* is at 2"):
+        train.train(_with(config, train={"steps": 1}), config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config):
+    config = _with(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0})
+    with pytest.raises(FloatingPointError):
+        train.train(config, config)
+
+
+def test_bad_input_on_the_command_line_is_one_sentence_and_status_2(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pi_jax.train", "--config", str(ROOT / "configs" / "smollm2_16k.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: demo/model: there is no such folder"
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_smoke_runs_every_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--config", str(ROOT / "configs" / "smollm2_16k.py"), "--smoke", "--mesh.tensor", "2"])
+    result = json.loads((tmp_path / "runs" / "smollm2-16k-smoke" / "result.json").read_text())
+    assert [r["window"] for r in result["perplexity"]] == [64, 128]
