@@ -1,4 +1,4 @@
-"""SmolLM2-135M from 8,192 to 16,384 tokens by Position Interpolation, on a CPU: a real model, real books.
+r"""SmolLM2-135M from 8,192 to 16,384 tokens by Position Interpolation, on a CPU: a real model, real books.
 
     python benchmarks/real_inputs.py --output demo
     python -m pi_jax.prepare --input demo/text/train --tokenizer demo/model --output demo/tokens --window 16384
@@ -11,7 +11,8 @@ are enough to see that, and are what two CPU cores can train in 20 to 30 minutes
 
 The honest control, the same steps without interpolation:
 
-    python -m pi_jax.train --config configs/smollm2_16k.py --rope.kind default --rope.factor 1 --train.output runs/control
+    python -m pi_jax.train --config configs/smollm2_16k.py --rope.kind default --rope.factor 1 \
+        --train.output runs/control
 """
 
 from pi_jax.config import (

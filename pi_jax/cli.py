@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "fine-tune with a longer window",
     "evaluate": "prove the window: perplexity",
     "convert": "weights in and out: Hugging Face folders and pi_jax runs",
+    "theory": "the paper's bounds and figures, checked; a model's attention scores, measured",
 }
 
 

@@ -21,6 +21,7 @@ from pi_jax.config import BUILTIN, Config, ModelConfig, describe, extend, flatte
 from pi_jax.convert import hf
 from pi_jax.convert.sources import RUN_CHECKPOINTS, RUN_MODEL, open_model
 from pi_jax.data.pipeline import Pipeline, open_pipeline
+from pi_jax.distributed import require_one_process
 from pi_jax.errors import InputError
 from pi_jax.evaluate import perplexity
 from pi_jax.loss import batch_loss
@@ -83,6 +84,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
       InputError: for anything the user can put right, before the first step.
     """
     # ---- Inputs: everything that can be wrong is found here, before any time is spent.
+    require_one_process()
     output = pathlib.Path(config.train.output)
     files = ""
     if BUILTIN in (*config.data.sources, *config.evaluate.data):

@@ -1,0 +1,31 @@
+# Every target makes .venv by itself. PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test test-slow lint format tiny clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: .venv/installed           ## the test suite, some minutes on two cores
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed      ## what takes longer: memory at 32k tokens
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+tiny: .venv/installed           ## the main job on built-in text, about a minute
+	$(BIN)/python -m pi_jax.train --config configs/tiny.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
