@@ -131,6 +131,9 @@ class DataConfig:
     """Stop attention between the documents of a row."""
     reset_positions: bool = False
     """Count RoPE positions from 0 in each document. With short documents no long distance is ever trained."""
+    pose_window: int = 0
+    """Train for a window of this many tokens on rows of only `window` (PoSE): a jump at a random place of each row lets
+    its positions reach that far. 0: off."""
     require_long_documents: bool = True
     """Refuse a source in which no document fills the window: nothing would train the long distances."""
     seed: int = 0
@@ -141,6 +144,17 @@ class DataConfig:
     def __post_init__(self):
         _require_positive("data", self, "window", "batch_size")
         _require(self.prefetch >= 0, f"data.prefetch is {self.prefetch}: it must be 0 or more")
+        if self.pose_window:
+            _require(
+                self.pose_window > self.window > 1,
+                f"data.pose_window is {self.pose_window}: it must be longer than data.window, {self.window}",
+            )
+            _require(not self.reset_positions, "data.pose_window is set: it needs data.reset_positions off")
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the window that is trained for: one more than the largest position."""
+        return max(self.window, self.pose_window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +359,14 @@ def smoke(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=model,
-        data=dataclasses.replace(config.data, sources=(BUILTIN,), window=window, batch_size=8, prefetch=2),
+        data=dataclasses.replace(
+            config.data,
+            sources=(BUILTIN,),
+            window=64 if config.data.pose_window else window,
+            pose_window=window if config.data.pose_window else 0,
+            batch_size=8,
+            prefetch=2,
+        ),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3, warmup_steps=2),
         train=dataclasses.replace(config.train, init_from="", output=config.train.output + "-smoke", steps=8),
         checkpoint=dataclasses.replace(config.checkpoint, every=4),

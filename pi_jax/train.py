@@ -207,10 +207,11 @@ def _check(config: Config, model: ModelConfig, pipeline: Pipeline, files: str, m
             f"{config.data.sources[0]} was made with another tokenizer than that of {config.train.init_from}: "
             f"prepare the text with --tokenizer {files}"
         )
-    if config.rope.kind != "default" and config.data.window > model.max_position_embeddings:
-        need = config.data.window / model.original_window
+    if config.rope.kind != "default" and config.data.reach > model.max_position_embeddings:
+        need = config.data.reach / model.original_window
+        field = "pose_window" if config.data.pose_window else "window"
         raise InputError(
-            f"data.window is {config.data.window}, but rope.factor {config.rope.factor:g} stretches the base window of "
+            f"data.{field} is {config.data.reach}, but rope.factor {config.rope.factor:g} stretches the base window of "
             f"{model.original_window} to {model.max_position_embeddings}: the factor must be at least {need:g}"
         )
     sizes = {

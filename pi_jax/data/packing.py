@@ -105,3 +105,21 @@ def pack(
         "segment_ids": padded(document[:-1] + 1 if segment_masking else 1),
         "loss_weights": padded(weights, np.float32),
     }
+
+
+def skip_positions(positions: Int[np.ndarray, " window"], reach: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Positions of a row with one jump, so that they stay below `reach` and their distances cover it (PoSE).
+
+    The row is cut in two at a random place, and the second part's positions are shifted by a random number of tokens,
+    both uniform and anew for every row: positions and distances up to `reach` are trained, at the cost of a short row
+    (Zhu et al. 2023, arXiv 2309.10400, section 3.2, with two chunks of continuous text).
+
+    Args:
+      positions: 0, 1, 2 and so on, int32.
+      reach: the window trained for, at least the row's.
+      seed: what the two random numbers depend on.
+    """
+    rng = np.random.default_rng(seed)
+    window = len(positions)
+    cut, shift = rng.integers(1, window), rng.integers(0, reach - window + 1)
+    return np.where(np.arange(window) < cut, positions, positions + shift).astype(np.int32)

@@ -152,8 +152,16 @@ class Pipeline:
         if step < 0:
             raise ValueError(f"step {step}")
         size = self.config.batch_size
-        chosen = [self._rows[i] for i in range(step * size, (step + 1) * size)[rows or slice(None)]]
+        chosen = [self._row(i) for i in range(step * size, (step + 1) * size)[rows or slice(None)]]
         return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
+
+    def _row(self, number: int) -> packing.Row:
+        """A row of the endless sequence, by its number: an epoch later the same text has another jump."""
+        row = self._rows[number]
+        if not self.config.pose_window:
+            return row
+        seed = (self.config.seed, number)
+        return row | {"positions": packing.skip_positions(row["positions"], self.config.pose_window, seed)}
 
     def iterate(self, start_step: int, rows: slice | None = None) -> Iterator[Batch]:
         """`batch(start_step, rows)`, `batch(start_step + 1, rows)` and so on, without end.

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pi_jax.data.packing import Spans, pack
+from pi_jax.data.packing import Spans, pack, skip_positions
 
 
 def rows_of(lengths, window, packing, segment_masking=False, reset_positions=False):
@@ -154,3 +154,22 @@ def test_dtypes_and_shapes(packing):
             "loss_weights": "float32",
         }
         assert {values.shape for values in row.values()} == {(4,)}
+
+
+def test_skipped_positions_jump_once_and_cover_the_target():
+    """One jump, at any place, of any length: every distance below the target window comes up."""
+    window, reach = 16, 64
+    rows = [skip_positions(np.arange(window, dtype=np.int32), reach, (0, i)) for i in range(3000)]
+    steps = [np.diff(row) for row in rows]
+    assert all(((step == 1) | (step == step.max())).all() and (step > 1).sum() <= 1 for step in steps)
+    assert all(row[0] == 0 and row[-1] < reach for row in rows)
+    assert {int(np.argmax(step)) + 1 for step in steps if step.max() > 1} == set(range(1, window))
+    distances = np.concatenate([np.abs(row[:, None] - row[None]).ravel() for row in rows])
+    assert set(distances) == set(range(reach))
+    shifts = np.bincount([row[-1] - (window - 1) for row in rows], minlength=reach - window + 1)
+    assert shifts.min() > 30 and shifts.max() < 95  # uniform: 61 expected of each
+
+
+def test_skipping_by_nothing_is_the_row_itself():
+    row = np.arange(16, dtype=np.int32)
+    np.testing.assert_array_equal(skip_positions(row, 16, (0, 1)), row)

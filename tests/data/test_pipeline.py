@@ -226,3 +226,21 @@ def test_a_store_that_breaks_during_a_run_stops_it(tmp_path):
         shard.write_bytes(bytes(len(shard.read_bytes())))
     with pytest.raises(InputError, match=f"{path}: tokens .* cannot be read"):
         next(pipeline.iterate(0))
+
+
+def test_pose_changes_positions_and_nothing_else(stores):
+    plain, posed = (open_pipeline(config_of(stores[0], pose_window=reach)) for reach in (0, 4 * WINDOW))
+    for step in (0, 3, 11):
+        a, b = plain.batch(step), posed.batch(step)
+        assert all((a[name] == b[name]).all() for name in a if name != "positions")
+        assert b["positions"].dtype == np.int32 and b["positions"].max() < 4 * WINDOW
+        assert_same(b, next(iter(posed.iterate(step))))
+        np.testing.assert_array_equal(posed.batch(step, slice(1, 3))["positions"], b["positions"][1:3])
+    rows = np.concatenate([posed.batch(step)["positions"] for step in range(30)])
+    assert rows.max() > 3 * WINDOW and len({tuple(row) for row in rows}) > 60
+
+
+@pytest.mark.parametrize("wrong", [{"pose_window": WINDOW}, {"pose_window": 64, "reset_positions": True}])
+def test_pose_settings_that_make_no_sense(stores, wrong):
+    with pytest.raises(InputError, match="data.pose_window is"):
+        config_of(stores[0], **wrong)
