@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-slow lint format tiny clean
+.PHONY: test test-slow test-transformers4 lint format tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,13 @@ test: .venv/installed           ## the test suite, some minutes on two cores
 
 test-slow: .venv/installed      ## what takes longer: memory at 32k tokens
 	$(BIN)/python -m pytest -m slow
+
+test-transformers4: .venv/installed   ## exports read by transformers 4, in an environment of its own
+	rm -rf build/transformers4 build/exports
+	$(PYTHON) -m venv build/transformers4
+	build/transformers4/bin/pip install --quiet torch==2.13.0 transformers==4.57.6
+	JAX_PLATFORMS=cpu $(BIN)/python tests/transformers4.py write build/exports
+	build/transformers4/bin/python tests/transformers4.py check build/exports
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -72,7 +72,7 @@ def ours(args: Benchmark) -> dict:
     }
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-5, warmup_steps=0), 100)
     with jax.set_mesh(mesh):
-        compute = ComputeConfig(dtype="float32", remat=args.remat, loss_chunk=256)
+        compute = ComputeConfig(dtype="float32", remat=args.remat, loss_chunk=1024)
         state = train.first_state(open_model(args.model).load(compute, mesh), optimizer)
         step = train.make_step(optimizer)
 

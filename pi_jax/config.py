@@ -65,6 +65,13 @@ class ModelConfig:
             f"model.num_key_value_heads is {kv_heads}: it must divide num_attention_heads, {heads}",
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}: rotary embedding needs an even size")
+        inside = getattr(self.rope, "original_max_position_embeddings", None)
+        if inside and inside < self.max_position_embeddings:
+            _require(
+                self.original_max_position_embeddings == inside,
+                f"model.original_max_position_embeddings is {self.original_max_position_embeddings}: it must be that "
+                f"of its rope, {inside}",
+            )
 
     @property
     def original_window(self) -> int:

@@ -78,7 +78,7 @@ def _forward(chunk, hidden_BSD, weights_VD, targets_BS, loss_weights_BS):
     dtype = hidden_BSD.dtype
 
     def one(carry, block):
-        total, d_weights_VD = carry
+        total, d_weights_DV = carry
         hidden_BZD, targets_BZ, loss_weights_BZ = block
         logits_BZV = jnp.einsum("BZD,VD->BZV", hidden_BZD, weights_VD).astype(jnp.float32)
         losses_BZ, lse_BZ = _negative_log_probability(logits_BZV, targets_BZ)
@@ -86,14 +86,15 @@ def _forward(chunk, hidden_BSD, weights_VD, targets_BS, loss_weights_BS):
         hit_BZV = targets_BZ[..., None] == jnp.arange(logits_BZV.shape[-1])
         d_logits_BZV = ((probabilities_BZV - hit_BZV) * loss_weights_BZ[..., None]).astype(dtype)
         d_hidden_BZD = jnp.einsum("BZV,VD->BZD", d_logits_BZV, weights_VD)
-        d_weights_VD += jnp.einsum("BZV,BZD->VD", d_logits_BZV, hidden_BZD, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(losses_BZ * loss_weights_BZ), d_weights_VD), d_hidden_BZD
+        d_weights_DV += jnp.einsum("BZD,BZV->DV", hidden_BZD, d_logits_BZV, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(losses_BZ * loss_weights_BZ), d_weights_DV), d_hidden_BZD
 
     blocks = tuple(_chunks(x, chunk) for x in (hidden_BSD, targets_BS, loss_weights_BS))  # padding weighs 0
-    start = (jnp.float32(0), jnp.zeros(weights_VD.shape, jnp.float32))
-    (total, d_weights_VD), d_hidden_CBZD = jax.lax.scan(one, start, blocks)
+    # Summed up transposed, (D, V): of the two factors the smaller one is then turned, not the logits' gradient.
+    start = (jnp.float32(0), jnp.zeros(weights_VD.shape[::-1], jnp.float32))
+    (total, d_weights_DV), d_hidden_CBZD = jax.lax.scan(one, start, blocks)
     d_hidden_BSD = jnp.moveaxis(d_hidden_CBZD, 0, 1).reshape(len(targets_BS), -1, hidden_BSD.shape[-1])
-    return total, (d_hidden_BSD[:, : hidden_BSD.shape[1]], d_weights_VD.astype(weights_VD.dtype))
+    return total, (d_hidden_BSD[:, : hidden_BSD.shape[1]], d_weights_DV.T.astype(weights_VD.dtype))
 
 
 def _backward(chunk, gradients, cotangent):

@@ -22,7 +22,7 @@ from pi_jax import cli
 from pi_jax.errors import InputError
 
 SEED = 0
-"""Of the random targets of Figure 2."""
+"""Of all that is drawn at random."""
 
 
 def frequencies(head_dim: int, theta: float = 10000.0) -> Float[np.ndarray, "R"]:
@@ -189,9 +189,9 @@ def draw_figure5(path: pathlib.Path, reach: int = 4096, head_dims: Sequence[int]
         axes.semilogy(distances, ratios, color=color, lw=0.7, label=f"H = {d}: {ratios[0]:.2f} at 0")
         axes.plot(lowest, ratios[lowest], "v", color=color, ms=9, label=f"lowest: {ratios[lowest]:.4f} at s = {lowest}")
     axes.axhline(1, color="black", ls="--", lw=1.5)
-    axes.text(0, 0.95, "B(s) = H: below this line the paper's argument fails", va="top", fontsize=11)
+    axes.text(0, 0.62, "below the line, B(s) < H and the paper's argument fails", va="top", fontsize=11)
     axes.set(
-        title="B(s) >= H holds for the paper's head size, and not for a smaller one",
+        title=f"B(s) >= H holds up to {reach} for the paper's head size, and not for a smaller one",
         xlabel="distance s between query and key (tokens)",
         ylabel="B(s) / H (no unit), logarithmic",
     )

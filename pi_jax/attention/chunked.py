@@ -130,12 +130,13 @@ def _backward(scale, residuals, cotangents):
 
     def key_block(d_q, block):
         k_j, v_j, column, partners, count = block
+        k_turned = k_j.swapaxes(-1, -2)
 
         def query_block(n, carry):
             d_q, d_k, d_v = carry
             i = partners[n]
             q_i, d_out_i, lse_i, delta_i, row = _at((q, d_out, safe_lse, delta, rows), i)
-            # Keys first, [Q, R]: two of the three products that take the weights then need no transposition.
+            # Keys first, [Q, R], and d_q transposed, [H, R]: so no product has to turn the weights, the large factor.
             hidden_QR = _hidden(row, column).swapaxes(-1, -2)
             scores_QR = _dot("BKQH,BKRH->BKQR", k_j, q_i) * scale + hidden_QR
             weights_QR = jnp.exp(scores_QR - lse_i[..., None, :])
@@ -143,15 +144,16 @@ def _backward(scale, residuals, cotangents):
             d_weights_QR = _dot("BKQH,BKRH->BKQR", v_j, d_out_i)
             d_scores_QR = (weights_QR * (d_weights_QR - delta_i[..., None, :]) * scale).astype(q_i.dtype)
             d_k += _dot("BKQR,BKRH->BKQH", d_scores_QR, q_i)
-            d_q_i = jax.lax.dynamic_index_in_dim(d_q, i, keepdims=False) + _dot("BKQR,BKQH->BKRH", d_scores_QR, k_j)
+            d_q_i = _at(d_q, i) + _dot("BKHQ,BKQR->BKHR", k_turned, d_scores_QR)
             return jax.lax.dynamic_update_index_in_dim(d_q, d_q_i, i, 0), d_k, d_v
 
         zeros = jnp.zeros(k_j.shape, jnp.float32)
         d_q, d_k, d_v = jax.lax.fori_loop(0, count, query_block, (d_q, zeros, zeros))
         return d_q, (d_k, d_v)
 
-    d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), (k, v, columns, partners_JI, count_J))
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    start = jnp.zeros(q.swapaxes(-1, -2).shape, jnp.float32)
+    d_q, (d_k, d_v) = jax.lax.scan(key_block, start, (k, v, columns, partners_JI, count_J))
+    return d_q.swapaxes(-1, -2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)
