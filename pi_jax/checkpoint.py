@@ -90,7 +90,7 @@ class Checkpoints:
         Raises:
           FloatingPointError: if the state is not finite.
         """
-        if step in self.steps() or not (last or self._checkpointer.should_save(step)):
+        if not (last or self._checkpointer.should_save(step)) or step in self.steps():
             return
         metadata = {**metadata, "fingerprint": fingerprint(state)}
         response = self._checkpointer.save_async(step, trees.by_name(state), force=True, custom_metadata=metadata)

@@ -88,7 +88,7 @@ class Llama(nnx.Module):
     def logits(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Float32 logits of all given positions; for the whole of a long row use `pi_jax.loss` instead."""
         axes = ("batch", "sequence", "vocab")
-        return sharding.einsum("BSD,VD->BSV", hidden_BSD, self.output_weights(), axes=axes).astype(jnp.float32)
+        return sharding.einsum("BSD,VD->BSV", hidden_BSD, self.output_weights(), axes=axes, dtype=jnp.float32)
 
 
 class Block(nnx.Module):

@@ -110,9 +110,10 @@ def gather(weight: jax.Array, axes: LogicalAxes) -> jax.Array:
     return jax.reshard(weight, GATHERED.spec(axes)) if _in_mesh() else weight
 
 
-def einsum(equation: str, *operands: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """`jnp.einsum` whose result has the sharding of activations with these logical axes."""
-    return jnp.einsum(equation, *operands, out_sharding=GATHERED.spec(axes) if _in_mesh() else None)
+def einsum(equation: str, *operands: jax.Array, axes: LogicalAxes, dtype=None) -> jax.Array:
+    """`jnp.einsum` whose result has the sharding of activations with these logical axes, and that dtype if given."""
+    out_sharding = GATHERED.spec(axes) if _in_mesh() else None
+    return jnp.einsum(equation, *operands, preferred_element_type=dtype, out_sharding=out_sharding)
 
 
 def take(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:

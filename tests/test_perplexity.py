@@ -120,3 +120,14 @@ def test_bad_input_is_one_sentence_and_status_2(model_folder, inputs, arguments,
 def test_a_foreign_tokenizer_is_noticed(inputs):
     with pytest.raises(InputError, match="260 tokens, the model's vocab_size is 100"):
         perplexity.read_tokens([inputs["heldout"]], inputs["tokenizer"], 100, 50)
+
+
+def test_the_first_tokens_are_those_of_the_whole_text(inputs, tmp_path, monkeypatch):
+    """Also where a token stands for more characters than expected: here `<pad>`, for five instead of two."""
+    monkeypatch.setattr(perplexity, "_CHARACTERS_A_TOKEN", 2)
+    text = "<pad>" * 40 + "abc" * 2000
+    (tmp_path / "a.txt").write_text(text)
+    _, (whole,) = perplexity.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, None)
+    for count in (3, 39, 60):
+        _, (first,) = perplexity.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, count)
+        np.testing.assert_array_equal(first, whole[:count])

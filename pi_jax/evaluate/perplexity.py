@@ -28,6 +28,9 @@ from pi_jax.errors import InputError
 from pi_jax.loss import token_losses
 from pi_jax.model import Llama
 
+_CHARACTERS_A_TOKEN = 64
+"""Of a text whose first tokens are wanted, this many characters a token are tokenized first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -168,11 +171,16 @@ def read_tokens(
             f"{vocab_size}: they do not belong together"
         )
     found = [d for d in documents.read_documents(data, text_field) if d.text]
-    texts = [d.text for d in found]
-    if max_tokens:
-        # No token is longer than a few dozen characters on average; spares tokenizing the rest of a book.
-        texts = [t[: 64 * max_tokens] for t in texts]
-    tokens = prepare.encode(tokenizer, texts, bos=False, eos=False)
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        return prepare.encode(tokenizer, texts, bos=False, eos=False)
+
+    # The beginning of a book will do for its first tokens; where it gives too few, the whole is tokenized.
+    cut = _CHARACTERS_A_TOKEN * max_tokens if max_tokens else None
+    tokens = encode([d.text[:cut] for d in found])
+    short = [i for i, d in enumerate(found) if cut and len(d.text) > cut and len(tokens[i]) <= max_tokens]
+    for i, whole in zip(short, encode([found[i].text for i in short]), strict=True):
+        tokens[i] = whole
     kept = [(d.name, t[:max_tokens]) for d, t in zip(found, tokens, strict=True) if len(t) >= 2]
     if not kept:
         raise InputError(f"{', '.join(data)}: there is no text to evaluate on")
