@@ -1,4 +1,4 @@
-"""A tiny LLaMA on built-in text, to see the machinery work: nothing to download, about two minutes on two CPU cores.
+"""A tiny LLaMA on built-in text, to see the machinery work: nothing to download, about a minute on two CPU cores.
 
     python -m pi_jax.train --config configs/tiny.py
 

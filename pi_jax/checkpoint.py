@@ -61,7 +61,8 @@ class Restored:
 class Checkpoints:
     """The checkpoints of a run; a context manager, because what is in flight is lost without `close`."""
 
-    def __init__(self, folder: str | pathlib.Path, config: CheckpointConfig):
+    def __init__(self, folder: str | pathlib.Path, config: CheckpointConfig, writer: bool = True):
+        """Opens a folder; only the run itself is its `writer`, which clears away what a dead run left half-written."""
         policies = ocp.training.save_decision_policies
         context = ocp.Context()
         context.pytree.loading.partial_load = True
@@ -71,7 +72,7 @@ class Checkpoints:
             context=context,
             save_decision_policy=policies.FixedIntervalPolicy(config.every),
             preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writer,
         )
 
     def __enter__(self) -> "Checkpoints":

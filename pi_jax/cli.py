@@ -25,6 +25,9 @@ def run(command: Callable[[], Any]) -> None:
         command()
     except InputError as error:
         sys.exit(_fail(str(error)))
+    except FloatingPointError as error:  # the run itself failed; its input was fine
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -49,6 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     print("usage: pi-jax COMMAND [--help]\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
     if argv and argv[0] not in ("-h", "--help"):
         sys.exit(_fail(f"{argv[0]!r} is no command: choose one of {', '.join(COMMANDS)}"))
+
+
+def require_writable(path: str) -> None:
+    """Checks, before any work, that a result file can be written; an empty path is none."""
+    target = pathlib.Path(path)
+    folder = next(p for p in (target.parent, *target.absolute().parents) if p.exists())
+    if path and (target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
+        raise InputError(f"{path} cannot be written: it must be a file in a folder that can be written")
 
 
 def write_json(path: str, value: Any) -> None:

@@ -8,6 +8,8 @@ names of Hugging Face's `LlamaConfig`.
 import dataclasses
 import importlib.util
 import pathlib
+import time
+import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -17,7 +19,8 @@ from pi_jax.errors import InputError
 from pi_jax.rope import Default, Scaling, build_scaling
 
 BUILTIN = "builtin:tiny"
-"""As `train.init_from` or in `data.sources`: the tiny model or text of `pi_jax.testing`, made on the spot."""
+"""As `train.init_from`, in `data.sources` or `evaluate.data`: the tiny model and text of `pi_jax.testing`, made on the
+spot."""
 
 DType = Literal["float32", "bfloat16"]
 
@@ -25,6 +28,30 @@ DType = Literal["float32", "bfloat16"]
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise InputError(message)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is Annotated:
+        return _fits(value, arguments[0])
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if arguments:  # a union
+        return any(_fits(value, argument) for argument in arguments)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _require_types(section: str, config: Any) -> None:
+    """A config file is Python: nothing else would notice steps=2.5 before it is too late."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        _require(_fits(value, hint), f"{section}.{name} is {value!r}: it must be of type {wanted}")
 
 
 def _require_positive(section: str, config: Any, *names: str) -> None:
@@ -53,9 +80,10 @@ class ModelConfig:
     original_max_position_embeddings: int | None = None
     """Window before its extension; None: never extended."""
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
+        _require_types("model", self)
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
         sizes += "num_key_value_heads head_dim max_position_embeddings rms_norm_eps"
         _require_positive("model", self, *sizes.split())
@@ -100,6 +128,7 @@ class RopeConfig:
     base model's window and theta, as if it had never been scaled."""
 
     def __post_init__(self):
+        _require_types("rope", self)
         build_scaling(self.kind, 10000.0, self.factor)
 
 
@@ -113,12 +142,13 @@ class ComputeConfig:
     """Of the master weights and of the optimizer's moments."""
     remat: Literal["none", "layer"] = "layer"
     """'layer' keeps one activation a layer and recomputes the rest in the backward pass."""
-    attention: str = "auto"
+    attention: Literal["auto", "reference", "chunked"] = "auto"
     """Backend: see `pi_jax.attention`."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at one time."""
 
     def __post_init__(self):
+        _require_types("compute", self)
         _require_positive("compute", self, "loss_chunk")
 
 
@@ -149,6 +179,7 @@ class DataConfig:
     """Batches prepared ahead."""
 
     def __post_init__(self):
+        _require_types("data", self)
         _require_positive("data", self, "window", "batch_size")
         _require(self.prefetch >= 0, f"data.prefetch is {self.prefetch}: it must be 0 or more")
         if self.pose_window:
@@ -184,6 +215,7 @@ class OptimizerConfig:
     """Global gradient norm (ours); 0 turns clipping off."""
 
     def __post_init__(self):
+        _require_types("optimizer", self)
         _require_positive("optimizer", self, "learning_rate", "eps")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             value = getattr(self, name)
@@ -207,6 +239,7 @@ class MeshConfig:
     """Shards of heads and feed-forward channels."""
 
     def __post_init__(self):
+        _require_types("mesh", self)
         sizes = dataclasses.astuple(self)
         _require(all(s == -1 or s > 0 for s in sizes), f"mesh is {self}: sizes must be positive, or -1")
         _require(sizes.count(-1) <= 1, f"mesh is {self}: only one size can be -1")
@@ -225,6 +258,7 @@ class TrainConfig:
     """Of the random weights."""
 
     def __post_init__(self):
+        _require_types("train", self)
         _require_positive("train", self, "steps")
         _require(bool(self.output), "train.output is empty: it must name a folder")
 
@@ -239,6 +273,7 @@ class CheckpointConfig:
     """Newest ones that stay."""
 
     def __post_init__(self):
+        _require_types("checkpoint", self)
         _require_positive("checkpoint", self, "every", "keep")
 
 
@@ -256,7 +291,10 @@ class EvaluateConfig:
     """Cut documents to this many tokens."""
 
     def __post_init__(self):
+        _require_types("evaluate", self)
         _require_positive("evaluate", self, "stride")
+        if self.max_tokens is not None:
+            _require(self.max_tokens >= 2, f"evaluate.max_tokens is {self.max_tokens}: it must be at least 2")
         for window in self.windows:
             _require(window >= 2, f"evaluate.windows has {window}: a window needs at least 2 tokens")
 
@@ -274,6 +312,7 @@ class LoggingConfig:
     """Of one device, for MFU, where the device is not in the table of `pi_jax.metrics`."""
 
     def __post_init__(self):
+        _require_types("logging", self)
         _require_positive("logging", self, "every")
 
 
@@ -345,24 +384,31 @@ def extend(model: ModelConfig, wanted: RopeConfig) -> ModelConfig:
 def smoke(config: Config) -> Config:
     """The same experiment in miniature: every code path, a model and text that fit in seconds on a laptop.
 
-    Kept: RoPE kind and factor, tying, grouping of heads, packing, masks, precision, schedule, mesh. Shrunk: all sizes.
-    The base window becomes 64 tokens, the training window 64 times the factor.
+    Kept: RoPE kind and factor, packing, masks, precision, schedule, mesh; where the config states an architecture, its
+    theta, tying and grouping of heads; where it starts from a folder, so does this, from a tiny one. The base window
+    becomes 64 tokens, the training window 64 times the factor. Each smoke run gets a folder of its own.
     """
     factor = config.rope.factor
     window = int(64 * factor)
-    grouped = config.model is not None and config.model.num_key_value_heads < config.model.num_attention_heads
-    model = ModelConfig(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2 if grouped else 4,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=config.model.tie_word_embeddings if config.model else False,
-        rope=Default(config.model.rope.theta if config.model else 10000.0),
-    )
+    model = config.model
+    if config.train.init_from:
+        model = None
+    elif model is not None:
+        model = dataclasses.replace(
+            model,
+            vocab_size=260,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2 if model.num_key_value_heads < model.num_attention_heads else 4,
+            head_dim=16,
+            max_position_embeddings=64,
+            original_max_position_embeddings=None,
+            rope=Default(model.rope.theta),
+            bos_token_id=256,
+            eos_token_id=257,
+        )
     return dataclasses.replace(
         config,
         model=model,
@@ -375,10 +421,15 @@ def smoke(config: Config) -> Config:
             prefetch=2,
         ),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3, warmup_steps=2),
-        train=dataclasses.replace(config.train, init_from="", output=config.train.output + "-smoke", steps=8),
+        train=dataclasses.replace(
+            config.train,
+            init_from=BUILTIN if config.train.init_from else "",
+            output=config.train.output + time.strftime("-smoke-%H%M%S"),
+            steps=8,
+        ),
         checkpoint=dataclasses.replace(config.checkpoint, every=4),
         evaluate=dataclasses.replace(
-            config.evaluate, data=(BUILTIN,), windows=(64, window), stride=32, max_tokens=4 * window
+            config.evaluate, data=(BUILTIN,), windows=tuple(sorted({64, window})), stride=32, max_tokens=4 * window
         ),
         compute=dataclasses.replace(config.compute, loss_chunk=min(config.compute.loss_chunk, window // 2)),
         logging=dataclasses.replace(config.logging, every=2),

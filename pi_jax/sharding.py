@@ -122,6 +122,11 @@ def take(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
     return table_VD.at[tokens_BS].get(out_sharding=out)
 
 
+def gather_sequence(x_BS):
+    """An array of tokens with its sequence whole on every device, so that parts of it can be cut out."""
+    return jax.reshard(x_BS, GATHERED.spec(("batch",) + (None,) * (x_BS.ndim - 1))) if _in_mesh() else x_BS
+
+
 def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
     """Calls `attention(q, k, v, segment_ids=, q_positions=)` on each device's own rows, heads and queries.
 

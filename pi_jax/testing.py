@@ -1,9 +1,12 @@
 """A tiny model, tokenizer and text, made on the spot: for tests, docs and `--smoke`, with nothing to download."""
 
+import getpass
 import json
 import pathlib
 import random
+import tempfile
 
+from pi_jax import __version__
 from pi_jax.config import ModelConfig
 from pi_jax.rope import Default, Scaling
 
@@ -77,19 +80,32 @@ def tiny_text(folder: str | pathlib.Path, documents: int = 24, first_seed: int =
         (folder / f"story-{seed:03d}.txt").write_text(story(seed))
 
 
-def tiny_inputs(folder: str | pathlib.Path) -> dict[str, str]:
-    """Makes what `builtin:tiny` stands for: tokenizer, text for training and for evaluation, and the token store.
+def tiny_inputs(folder: str | pathlib.Path | None = None) -> dict[str, str]:
+    """Makes what `builtin:tiny` stands for: a random model, its tokenizer, text and its token store, held-out text.
+
+    Args:
+      folder: where; None: a folder of this user's among the temporary ones, made once.
 
     Returns:
-      The paths, by "tokenizer", "tokens" and "heldout".
+      The paths, by "model", "tokenizer", "tokens" and "heldout".
     """
-    from pi_jax.data.prepare import Options, prepare
+    import jax
 
-    folder = pathlib.Path(folder)
-    paths = {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens", "heldout": folder / "heldout"}
-    if not paths["tokens"].exists():
+    from pi_jax import sharding
+    from pi_jax.config import ComputeConfig, MeshConfig
+    from pi_jax.convert import hf
+    from pi_jax.data.prepare import Options, prepare
+    from pi_jax.model import Llama
+
+    folder = pathlib.Path(folder or f"{tempfile.gettempdir()}/pi_jax-{__version__}-{getpass.getuser()}")
+    paths = {name: folder / name for name in ("model", "tokenizer", "tokens", "heldout")}
+    if not paths["model"].exists():  # made last
         tiny_tokenizer(paths["tokenizer"])
         tiny_text(folder / "text", documents=64)
         tiny_text(paths["heldout"], documents=3, first_seed=1000)
-        prepare(Options(input=(str(folder / "text"),), tokenizer=str(paths["tokenizer"]), output=str(paths["tokens"])))
+        text, tokenizer, tokens = str(folder / "text"), str(paths["tokenizer"]), str(paths["tokens"])
+        prepare(Options(input=(text,), tokenizer=tokenizer, output=tokens, overwrite=True))
+        mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+        with jax.set_mesh(mesh):
+            hf.save(Llama(tiny_model_config(), ComputeConfig(), jax.random.key(0)), str(paths["model"]), tokenizer)
     return {name: str(path) for name, path in paths.items()}

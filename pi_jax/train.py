@@ -86,25 +86,33 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     # ---- Inputs: everything that can be wrong is found here, before any time is spent.
     require_one_process()
     output = pathlib.Path(config.train.output)
-    files = ""
-    if BUILTIN in (*config.data.sources, *config.evaluate.data):
-        config, files = _with_builtin(config, testing.tiny_inputs(output / "builtin"))
-    model_config, files = _model_config(config, files)
+    summary = describe(config, base)
+    if BUILTIN in (*config.data.sources, *config.evaluate.data, config.train.init_from):
+        config = _with_builtin(config, testing.tiny_inputs())
+    model_config, files = _model_config(config)
     pipeline = open_pipeline(config.data)
     files = files or pipeline.tokenizer_dir
     mesh = sharding.make_mesh(config.mesh)
     _check(config, model_config, pipeline, files, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     heldout = _heldout(config, model_config, files)
-    note(describe(config, base))
+    _require_folder(output)
+    note(summary)
     note(f"Model: {model_config.num_parameters():,} parameters, {model_config.rope}; mesh {dict(mesh.shape)}")
     note(f"Data: {pipeline.steps_per_epoch:.1f} steps an epoch, {config.train.steps} steps wanted")
     resumes = {"data": pipeline.fingerprint, "model": f"{model_config}"}
 
-    with jax.set_mesh(mesh), Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        jax.default_matmul_precision("float32"),
+        Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints,
+    ):
         # ---- State.
         state = _start(config, model_config, mesh, optimizer, checkpoints, resumes)
         first = int(state.step)
+        if first == config.train.steps and (output / "result.json").exists():
+            note(f"All {first} steps are done already; the result is in {output}")
+            return hf.read_json(output / "result.json")
         if jax.process_index() == 0:
             _write_run_files(output, config, model_config, files)
         step_fn = make_step(optimizer)
@@ -164,21 +172,29 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     return result
 
 
-def _with_builtin(config: Config, paths: dict[str, str]) -> tuple[Config, str]:
-    """The config with the paths that `builtin:tiny` stands for, and the folder of its tokenizer."""
+def _with_builtin(config: Config, paths: dict[str, str]) -> Config:
+    """The config with the paths that `builtin:tiny` stands for."""
     sources = tuple(paths["tokens"] if s == BUILTIN else s for s in config.data.sources)
     heldout = tuple(paths["heldout"] if s == BUILTIN else s for s in config.evaluate.data)
-    config = dataclasses.replace(
+    base = paths["model"] if config.train.init_from == BUILTIN else config.train.init_from
+    return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, sources=sources),
         evaluate=dataclasses.replace(config.evaluate, data=heldout),
+        train=dataclasses.replace(config.train, init_from=base),
     )
-    return config, paths["tokenizer"]
 
 
-def _model_config(config: Config, files: str) -> tuple[ModelConfig, str]:
-    """The architecture to train, extended as `rope` says, and the folder with its tokenizer."""
-    model = config.model
+def _require_folder(output: pathlib.Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"train.output {output} cannot be made: {error.strerror}") from None
+
+
+def _model_config(config: Config) -> tuple[ModelConfig, str]:
+    """The architecture to train, extended as `rope` says, and the folder with its tokenizer ("": that of the data)."""
+    model, files = config.model, ""
     if config.train.init_from:
         source = open_model(config.train.init_from)
         files = source.files
@@ -241,7 +257,7 @@ def _heldout(config: Config, model: ModelConfig, files: str):
         return None
     names, documents = perplexity.read_tokens(config.evaluate.data, files, model.vocab_size, config.evaluate.max_tokens)
     windows = config.evaluate.windows or (config.data.window,)
-    perplexity.require_long_enough(documents, windows)
+    perplexity.check_windows(documents, windows, config.evaluate.stride)
     return names, documents, windows
 
 
@@ -255,10 +271,10 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
         for reason in restored.skipped:
             note(f"Left out checkpoint of {reason}")
         for what, now in resumes.items():
-            if (before := restored.metadata.get(what)) != now:
+            if restored.metadata.get(what) != now:
                 raise InputError(
-                    f"{config.train.output} holds checkpoints of a run with other {what} settings ({before}, "
-                    f"now {now}): give the new run another train.output"
+                    f"{config.train.output} holds checkpoints of a run with other {what} settings: use those of its "
+                    "config.json, or give the new run another train.output"
                 )
         if restored.step > config.train.steps:
             raise InputError(f"train.steps is {config.train.steps}, but {config.train.output} is at {restored.step}")
@@ -295,7 +311,7 @@ def _write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, f
     cli.write_json(str(output / "config.json"), {"config": flat, "versions": versions})
     folder = output / RUN_MODEL
     folder.mkdir(parents=True, exist_ok=True)
-    hf.copy_tokenizer(files, folder)
+    hf.copy_files(files, folder)
     cli.write_json(str(folder / "config.json"), hf.config_dict(model, config.compute.param_dtype))
 
 

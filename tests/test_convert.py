@@ -126,7 +126,8 @@ def test_transformers_computes_the_same_from_an_export(folder, mesh, tmp_path):
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"hidden_size": ...}, "hidden_size missing"),
-        ({"hidden_size": "64"}, "wrong type"),
+        ({"hidden_size": "64"}, "hidden_size is '64'.*int"),
+        ({"vocab_size": 260.5}, "vocab_size is 260.5.*int"),
         ({"rope_scaling": {"factor": 8.0}}, "must name one kind"),
         ({"rope_scaling": {"type": "linear"}}, "no 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5"),
@@ -177,6 +178,17 @@ def test_broken_weights_are_refused(folder, damage, message, mesh):
     damage(folder)
     with pytest.raises(InputError, match=message):
         _load(folder, mesh)
+
+
+def test_all_end_tokens_survive(folder, tmp_path):
+    """Chat models have several; a server that knows only the first does not stop."""
+    _edit(folder / "config.json", eos_token_id=[257, 258])
+    _edit(folder / "generation_config.json", eos_token_id=[257, 258], temperature=0.6, do_sample=True)
+    command.convert(command.Convert(str(folder), str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [257, 258]
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
+        folder / "generation_config.json"
+    ).read_bytes()
 
 
 def test_old_files_with_inv_freq_and_a_tied_head_load(folder, mesh):

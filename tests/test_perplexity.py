@@ -105,12 +105,19 @@ def test_the_command_writes_what_it_prints(model_folder, inputs, tmp_path, capsy
         ({"--windows": "100000"}, "longer than every document"),
         ({"--windows": "1"}, "windows"),
         ({"--stride": "0"}, "stride"),
+        ({"--stride": "64"}, "stride 64 with a window of 64: the stride must be shorter"),
         ({"--rope.kind": "cubic"}, "cubic"),
         ({"--output": "/proc/none/x.json"}, "/proc/none/x.json cannot be written"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(model_folder, inputs, arguments, message, capsys):
-    right = {"--model": model_folder, "--data": inputs["heldout"], "--windows": "64", "--max-tokens": "100"}
+    right = {
+        "--model": model_folder,
+        "--data": inputs["heldout"],
+        "--windows": "64",
+        "--max-tokens": "100",
+        "--stride": "32",
+    }
     words = itertools.chain.from_iterable((right | arguments).items())
     with pytest.raises(SystemExit) as stop:
         perplexity.main(list(words))

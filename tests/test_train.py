@@ -144,6 +144,7 @@ def test_training_starts_from_a_hugging_face_folder(config, inputs, tmp_path, me
         ({"model": {"vocab_size": 256}}, "model's vocab_size is 256"),
         ({"train": {"init_from": "nowhere"}}, "nowhere: there is no such folder"),
         ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+        ({"train": {"output": "/proc/none/run"}}, "/proc/none/run cannot be made"),
         ({"logging": {"wandb_project": "x"}}, "pip install wandb"),
     ],
 )
@@ -188,6 +189,28 @@ def test_a_model_of_another_shape_than_the_folder_is_refused(config, inputs, tmp
         train.train(config, config)
 
 
+def test_a_finished_run_stays_as_it_is(config):
+    config = _with(config, train={"steps": 2})
+    first = train.train(config, config)
+    run = pathlib.Path(config.train.output)
+    before = {p: p.read_bytes() for p in run.glob("*.json*")}
+    (run / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+    assert train.train(config, config) == json.loads((run / "result.json").read_text())
+    assert first["final"] == train.train(config, config)["final"]
+    assert {p: p.read_bytes() for p in run.glob("*.json*")} == before
+
+
+def test_reading_a_run_touches_nothing_in_it(config, mesh):
+    """It may be running: a save in flight must survive."""
+    config = _with(config, train={"steps": 2})
+    train.train(config, config)
+    in_flight = pathlib.Path(config.train.output, "checkpoints", "9.orbax-checkpoint-tmp")
+    in_flight.mkdir()
+    with jax.set_mesh(mesh):
+        open_model(config.train.output).load(config.compute, mesh)
+    assert in_flight.exists()
+
+
 def test_resuming_with_other_data_or_model_is_refused(config):
     config = _with(config, train={"steps": 2})
     train.train(config, config)
@@ -222,6 +245,9 @@ def test_several_tasks_of_a_launcher_do_not_write_to_one_folder(config, monkeypa
 
 def test_smoke_runs_every_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.main(["--config", str(ROOT / "configs" / "smollm2_16k.py"), "--smoke", "--mesh.tensor", "2"])
-    result = json.loads((tmp_path / "runs" / "smollm2-16k-smoke" / "result.json").read_text())
+    train.main(
+        ["--config", str(ROOT / "configs" / "smollm2_16k.py"), "--smoke", "--mesh.context", "2", "--mesh.tensor", "2"]
+    )
+    (file,) = tmp_path.glob("runs/smollm2-16k-smoke-*/result.json")
+    result = json.loads(file.read_text())
     assert [r["window"] for r in result["perplexity"]] == [64, 128]

@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt chat_template.jinja chat_template.json"
 ).split()
+GENERATION_FILE = "generation_config.json"
 _REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 # What we do not compute: the value that is harmless, for each key that would change the result otherwise.
 _UNSUPPORTED = {
@@ -94,7 +95,7 @@ def read_config(folder: str) -> ModelConfig:
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             rope=scaling,
             bos_token_id=_first(config.get("bos_token_id")),
-            eos_token_id=_first(config.get("eos_token_id")),
+            eos_token_id=_tokens(config.get("eos_token_id")),
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -104,6 +105,10 @@ def read_config(folder: str) -> ModelConfig:
 
 def _first(token: int | list[int] | None) -> int | None:
     return token[0] if isinstance(token, list) and token else token
+
+
+def _tokens(token: int | list[int] | None) -> int | tuple[int, ...] | None:
+    return tuple(token) if isinstance(token, list) else token
 
 
 def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -256,10 +261,11 @@ def save(model: Llama, target: str, extras: str | None, dtype: str = "float32", 
     with new_folder(target) as folder:
         _write_weights(model, folder, dtype, shard_bytes)
         (folder / "config.json").write_text(json.dumps(config_dict(model.config, dtype), indent=2) + "\n")
-        generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if extras:
-            copy_tokenizer(extras, folder, model.config.max_position_embeddings)
+            copy_files(extras, folder, model.config.max_position_embeddings)
+        if not (folder / GENERATION_FILE).exists():
+            generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+            (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
         _verify(model, folder, dtype)
 
 
@@ -290,9 +296,9 @@ def new_folder(target: str):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_tokenizer(source: str, target: pathlib.Path, window: int | None = None) -> None:
-    """Copies tokenizer files byte for byte, but for `model_max_length`, which becomes `window` if that is given."""
-    for name in TOKENIZER_FILES:
+def copy_files(source: str, target: pathlib.Path, window: int | None = None) -> None:
+    """Copies tokenizer and generation settings byte for byte, but for `model_max_length`, which becomes `window`."""
+    for name in (*TOKENIZER_FILES, GENERATION_FILE):
         file = pathlib.Path(source) / name
         if not file.is_file():
             continue
@@ -336,6 +342,7 @@ def _write_weights(model: Llama, folder: pathlib.Path, dtype: str, shard_bytes: 
         }
         assert list(arrays) == names
         safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library makes files that only their owner reads
     if count > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * itemsize
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -45,8 +45,11 @@ class Source:
         template = abstract(self.config, compute)
         shardings = sharding.shard_tree(mesh, template, parameter_axes(template))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
-        with Checkpoints(pathlib.Path(self.path) / RUN_CHECKPOINTS, CheckpointConfig()) as checkpoints:
-            restored = checkpoints.restore(target, prefix="model.")
+        folder = pathlib.Path(self.path) / RUN_CHECKPOINTS
+        restored = None
+        if folder.is_dir():
+            with Checkpoints(folder, CheckpointConfig(), writer=False) as checkpoints:
+                restored = checkpoints.restore(target, prefix="model.")
         if restored is None:
             raise InputError(f"{self.path} has no checkpoint yet")
         for reason in restored.skipped:

@@ -50,7 +50,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
             raise InputError(f"{path}: {kind}")
         for match in matches:
             files += _files_in(match) if os.path.isdir(match) else [_supported(match)]
-    return files
+    return list(dict.fromkeys(files))  # a file named twice, by itself and by its folder, is read once
 
 
 def _files_in(folder: str) -> list[str]:

@@ -58,6 +58,7 @@ def _scorer(model: Llama, length: int, tail: int, mesh: jax.sharding.Mesh):
     def losses(model, tokens, positions):
         hidden = model(tokens, positions)
         # Logits only of what is scored: the token at i is predicted from the hidden state at i - 1.
+        hidden, tokens = sharding.gather_sequence(hidden), sharding.gather_sequence(tokens)
         hidden, targets = hidden[:, length - 1 - tail : -1], tokens[:, length - tail :]
         weights = model.output_weights()
         return token_losses(hidden, weights, targets, model.compute.loss_chunk)
@@ -187,14 +188,21 @@ def read_tokens(
     return [n for n, _ in kept], [t for _, t in kept]
 
 
-def require_long_enough(documents: Sequence[np.ndarray], windows: Sequence[int]) -> int:
-    """The length of the longest document; an InputError if a window is longer."""
+def check_windows(documents: Sequence[np.ndarray], windows: Sequence[int], stride: int) -> int:
+    """The length of the longest document.
+
+    Raises:
+      InputError: if a window is longer, or advances by so much that a scored token would have none before it.
+    """
     longest = max(len(tokens) for tokens in documents)
     if max(windows) > longest:
         raise InputError(
             f"window {max(windows)} is longer than every document (the longest has {longest} tokens): "
             "evaluate on longer text or a shorter window"
         )
+    for window in windows:
+        if stride >= window < longest:
+            raise InputError(f"stride {stride} with a window of {window}: the stride must be shorter than the window")
     return longest
 
 
@@ -213,7 +221,7 @@ def evaluate_model(
     Raises:
       InputError: if a window is longer than every document.
     """
-    longest = require_long_enough(documents, windows)
+    longest = check_windows(documents, windows, stride)
     results = []
     for window in windows:
         started = time.monotonic()
@@ -283,6 +291,7 @@ def perplexity(args: Perplexity) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
     from pi_jax.convert.sources import open_model
 
+    cli.require_writable(args.output)
     source = open_model(args.model, args.rope)
     names, documents = read_tokens(args.data, source.files, source.config.vocab_size, args.max_tokens, args.text_field)
     bos = source.config.bos_token_id if args.bos else None
@@ -290,7 +299,7 @@ def perplexity(args: Perplexity) -> dict[str, Any]:
         raise InputError(f"--bos: {source.files}/config.json has no bos_token_id")
     mesh = sharding.make_mesh(MeshConfig())
     compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
         model = source.load(compute, mesh)
         results = evaluate_model(model, mesh, names, documents, args.windows, args.stride, bos, args.edges)
     print(
