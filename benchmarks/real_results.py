@@ -100,6 +100,8 @@ def draw(folder: pathlib.Path, path: str) -> None:
     left.set(yscale="log", xlabel="position in the document (tokens)", ylabel="perplexity (lower is better)")
     left.set_title("Held-out novel, one pass of 16,384 tokens")
     left.set_xticks(range(0, 16385, 4096))
+    left.set_yticks([30, 50, 100, 200, 500, 1000], labels=["30", "50", "100", "200", "500", "1000"], minor=False)
+    left.yaxis.set_minor_locator(plt.NullLocator())
     left.legend(fontsize=8)
     for name in ("tuned", "control"):
         losses = _losses(folder, name)
