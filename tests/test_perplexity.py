@@ -33,11 +33,13 @@ def _by_hand(model, tokens, window, stride, bos):
     width = window - (bos is not None)
     stop = min(width, len(tokens))
     start, first = 0, 0 if bos is not None else 1
+    logits_of = jax.jit(lambda ids: model.logits(model(ids, jnp.arange(window)[None])))
     while True:
         for i in range(first, stop):
             context = ([bos] if bos is not None else []) + list(tokens[start:i])
-            ids = jnp.asarray(context, jnp.int32)[None]
-            logits = model.logits(model(ids, jnp.arange(ids.shape[1])[None]))[0, -1]
+            padded = np.zeros((1, window), np.int32)  # what comes after is out of sight
+            padded[0, : len(context)] = context
+            logits = logits_of(padded)[0, len(context) - 1]
             losses[i] = jax.nn.logsumexp(logits) - logits[tokens[i]]
         if stop == len(tokens):
             return losses
