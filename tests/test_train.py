@@ -64,7 +64,7 @@ def _losses(config):
 def test_a_run_learns_evaluates_and_hands_over(config, inputs, tmp_path, capsys):
     config = dataclasses.replace(
         _with(config, train={"steps": 30}, logging={"every": 10, "tensorboard": True}),
-        evaluate=EvaluateConfig(data=(inputs["heldout"],), windows=(64, 128), stride=64, max_tokens=256),
+        evaluate=EvaluateConfig(data=(inputs["heldout"],), windows=(64, 128), stride=32, max_tokens=256),
     )
     result = train.train(config, config)
     losses = _losses(config)
