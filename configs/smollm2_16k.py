@@ -6,7 +6,7 @@ r"""SmolLM2-135M from 8,192 to 16,384 tokens by Position Interpolation, on a CPU
 
 What to expect (docs/results.md has the tables): the interpolated model's perplexity starts at twice the original one's
 and comes back within some tens of steps; beyond 8,192 tokens the untouched model is of no use. Rows of 2,048 tokens
-are enough to see that, and are what two CPU cores can train in 20 to 30 minutes (2.9 GiB of memory); on a GPU use
+are enough to see that, and are what two CPU cores can train in 20 to 30 minutes (4.2 GiB of memory); on a GPU use
 `--data.window 16384 --data.batch-size 8 --compute.dtype bfloat16 --train.steps 1000 --optimizer.learning-rate 2e-5`.
 
 The honest control, the same steps without interpolation:

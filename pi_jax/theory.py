@@ -228,6 +228,10 @@ def theory(args: Theory) -> dict[str, Any]:
     """Runs the command; returns what it writes to theory.json."""
     folder = pathlib.Path(args.output)
     new_figure(1, 1, 1)  # before the work: is matplotlib there?
+    if args.model:  # first, so that nothing is written if the model or the text is not there
+        from pi_jax import scores
+
+        measured = scores.measure(args.model, args.text, args.tokens)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -242,9 +246,6 @@ def theory(args: Theory) -> dict[str, Any]:
     )
     draw_figure5(folder / "figure5.png")
     if args.model:
-        from pi_jax import scores
-
-        measured = scores.measure(args.model, args.text, args.tokens)
         report |= {"model": args.model, "text": args.text, "measured": scores.summarize(measured)}
         scores.draw(folder / "measured.png", measured)
         print(f"\nMeasured on {args.model}\n" + scores.table(report["measured"]))

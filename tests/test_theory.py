@@ -118,3 +118,10 @@ def test_without_matplotlib_one_sentence_says_so(tmp_path, capsys, monkeypatch):
         main(["theory", "--output", str(tmp_path / "out")])
     assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_model_leaves_nothing_behind(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["theory", "--output", str(tmp_path / "out"), "--model", "nowhere", "--text", "x.txt"])
+    assert stop.value.code == 2 and "nowhere: there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
