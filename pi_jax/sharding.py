@@ -128,13 +128,14 @@ def gather_sequence(x_BS):
 
 
 def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
-    """Calls `attention(q, k, v, segment_ids=, q_positions=)` on each device's own rows, heads and queries.
+    """Calls `attention(q, k, v, segment_ids=[, q_positions=])` on each device's own rows, heads and queries.
 
     Rows and heads are independent. Where the sequence is split, every device needs all keys and values of its rows up
     to its queries: they are gathered over the context axis, and the queries are told their place in the row.
     """
     if not _in_mesh():
-        return attention(q_BSNH, k_BSKH, v_BSKH, segment_ids=segment_ids_BS, q_positions=None)
+        return attention(q_BSNH, k_BSKH, v_BSKH, segment_ids=segment_ids_BS)
+    split = jax.sharding.get_abstract_mesh().shape[RULES.sequence] > 1
     whole = GATHERED.spec(("batch", None, "kv_heads", None))
     k_BSKH, v_BSKH = (jax.reshard(x, whole) for x in (k_BSKH, v_BSKH))
     segments = ()
@@ -142,6 +143,8 @@ def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
         segments = (segment_ids_BS, jax.reshard(segment_ids_BS, GATHERED.spec(("batch", None))))
 
     def local(q, k, v, *segments):
+        if not split:  # said without positions, so that backends which take none can be used
+            return attention(q, k, v, segment_ids=segments or None)
         place = jax.lax.axis_index(RULES.sequence) * q.shape[1] + jnp.arange(q.shape[1])
         q_positions = jnp.broadcast_to(place, q.shape[:2])
         return attention(q, k, v, segment_ids=segments or None, q_positions=q_positions)

@@ -1,14 +1,46 @@
 """The one attention function: checks its arguments, picks a backend, never ignores an argument."""
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pi_jax.attention.chunked import chunked_attention
-from pi_jax.attention.reference import reference_attention
+from pi_jax.attention import chunked, cudnn, device, pallas_triton, reference, splash
+from pi_jax.attention.mask import Mask
 
-IMPLEMENTATIONS = {"reference": reference_attention, "chunked": chunked_attention}
+
+class Backend(NamedTuple):
+    """One implementation: of `attend(q, k, v, mask, scale) -> (out, lse)`, and what it cannot do."""
+
+    attend: Callable
+    refuses: Callable = lambda q, k, mask, return_lse: None
+    """(q, k, mask, return_lse) -> the reason in words, or None: nothing that was asked for is ever left out."""
+
+
+IMPLEMENTATIONS = {
+    "reference": Backend(reference.reference_attention),
+    "chunked": Backend(chunked.chunked_attention),
+    "pallas_triton": Backend(pallas_triton.pallas_triton_attention, pallas_triton.refuses),
+    "splash": Backend(splash.splash_attention, splash.refuses),
+    "cudnn": Backend(cudnn.cudnn_attention, cudnn.refuses),
+}
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _preferred() -> tuple[str, ...]:
+    """What "auto" tries, in this order: the last honours every argument on every platform."""
+    match device.platform():
+        case "tpu":
+            return "splash", "chunked"
+        case "gpu" if device.compute_capability() >= (9, 0):
+            return "cudnn", "pallas_triton", "chunked"  # Triton cannot use all that Hopper has
+        case "gpu":
+            return "pallas_triton", "chunked"
+        case _:
+            return ("chunked",)
 
 
 def attention(
@@ -36,8 +68,8 @@ def attention(
       segment_ids: document of each token, any integers; a pair (queries', keys') where the two differ; None: all one.
       q_positions: order of the queries; None: 0 .. S-1.
       kv_positions: order of the keys; None: 0 .. T-1. With `q_positions`, a shard of the queries can meet all keys.
-      scale: factor of the scores; None: 1 / sqrt(H).
-      implementation: a name in `IMPLEMENTATIONS`, or "auto".
+      scale: factor of the scores, greater than 0; None: 1 / sqrt(H).
+      implementation: a name in `IMPLEMENTATIONS`, or "auto": the first on this platform that can do what is asked.
       return_lse: also return the log of the softmax's denominator, float32 [B, S, N], differentiable: what is needed
         to merge attention over parts of the keys.
 
@@ -45,7 +77,8 @@ def attention(
       [B, S, N, H] in the dtype of `q_BSNH`; with `return_lse`, that and lse.
 
     Raises:
-      ValueError: naming the argument, its value and what would be right.
+      ValueError: naming the argument, its value and what would be right; also if the implementation asked for cannot
+        honour one of the arguments.
     """
     _check(q_BSNH, k_BTKH, v_BTKH)
     batch, q_len, _, head_dim = q_BSNH.shape
@@ -54,21 +87,33 @@ def attention(
         if segment_ids is not None and q_len != kv_len:
             raise ValueError(f"segment_ids is one array but there are {q_len} queries and {kv_len} keys: give a pair")
         segment_ids = (segment_ids, segment_ids)
-    q_segments = _rows("segment_ids", segment_ids[0], batch, q_len, lambda n: jnp.zeros(n, jnp.int32))
-    kv_segments = _rows("segment_ids", segment_ids[1], batch, kv_len, lambda n: jnp.zeros(n, jnp.int32))
-    q_order = _rows("q_positions", q_positions, batch, q_len, jnp.arange)
-    kv_order = _rows("kv_positions", kv_positions, batch, kv_len, jnp.arange)
+    q_segments, kv_segments = segment_ids
+    mask = Mask(
+        _rows("q_positions", q_positions, batch, q_len, jnp.arange),
+        _rows("segment_ids", q_segments, batch, q_len, jnp.zeros),
+        _rows("kv_positions", kv_positions, batch, kv_len, jnp.arange),
+        _rows("segment_ids", kv_segments, batch, kv_len, jnp.zeros),
+        in_order=q_positions is None and kv_positions is None,
+        one_document=q_segments is None and kv_segments is None,
+    )
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale is {scale}: it must be a finite number greater than 0")
+    name = _choose(implementation, q_BSNH, k_BTKH, mask, return_lse)
+    with jax.named_scope(f"attention_{name}"):
+        out, lse = IMPLEMENTATIONS[name].attend(q_BSNH, k_BTKH, v_BTKH, mask, scale)
+    return (out, lse) if return_lse else out
+
+
+def _choose(implementation: str, q, k, mask: Mask, return_lse: bool) -> str:
     if implementation == "auto":
-        implementation = "chunked"
+        return next(n for n in _preferred() if IMPLEMENTATIONS[n].refuses(q, k, mask, return_lse) is None)
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r}: it must be one of {known}")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    with jax.named_scope(f"attention_{implementation}"):
-        out, lse = IMPLEMENTATIONS[implementation](
-            q_BSNH, k_BTKH, v_BTKH, q_segments, kv_segments, q_order, kv_order, scale
-        )
-    return (out, lse) if return_lse else out
+    if reason := IMPLEMENTATIONS[implementation].refuses(q, k, mask, return_lse):
+        raise ValueError(f"implementation is {implementation!r}, which {reason}: choose another, or 'auto'")
+    return implementation
 
 
 def _check(q, k, v) -> None:

@@ -9,30 +9,29 @@ Shapes: B batch, S queries, T keys, N query heads, K key/value heads, H head siz
 keys. The queries of a block and the heads of a group lie along one axis, R rows, so that K and V are never repeated.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from pi_jax.attention.flash import flash_attention
+from pi_jax.attention.mask import Mask
+
 BLOCK = 512
 """Tokens in a block of queries and of keys: of 128, 256, 512 and 1024 the fastest forward and backward on a CPU."""
-_LAST = jnp.iinfo(jnp.int32).max
-_FIRST = jnp.iinfo(jnp.int32).min
 
 
-def chunked_attention(q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT, q_order_BS, kv_order_BT, scale):
+def chunked_attention(q_BSNH, k_BTKH, v_BTKH, mask: Mask, scale: float):
     """See `attention`."""
     B, S, N, H = q_BSNH.shape
     T, K = k_BTKH.shape[1:3]
     group, P, Q = N // K, min(BLOCK, S), min(BLOCK, T)
-    # Padding queries stand before every key and padding keys after every query: neither sees or is seen.
     q_IBKRH = (
         _blocks(q_BSNH, P).reshape(-1, B, P, K, group, H).transpose(0, 1, 3, 2, 4, 5).reshape(-1, B, K, P * group, H)
     )
     k_JBKQH, v_JBKQH = (_blocks(x, Q).swapaxes(2, 3) for x in (k_BTKH, v_BTKH))
-    rows = [jnp.repeat(_blocks(x, P, pad), group, axis=-1) for x, pad in ((q_order_BS, _FIRST), (q_segments_BS, 0))]
-    columns = [_blocks(x, Q, pad) for x, pad in ((kv_order_BT, _LAST), (kv_segments_BT, 0))]
-    out, lse = _attend(scale, q_IBKRH, k_JBKQH, v_JBKQH, rows, columns)
+    mask = mask.padded(P, Q)
+    rows = [jnp.repeat(_blocks(x, P), group, axis=-1) for x in (mask.q_order_BS, mask.q_segments_BS)]
+    columns = [_blocks(x, Q) for x in (mask.kv_order_BT, mask.kv_segments_BT)]
+    out, lse = _attend(scale, q_IBKRH, k_JBKQH, v_JBKQH, (rows, columns, _meetings(mask, P, Q)))
 
     def unblock(x):
         x = x.reshape(-1, B, K, P, group, *x.shape[4:]).transpose(1, 0, 3, 2, 4, *range(5, x.ndim + 1))
@@ -41,32 +40,20 @@ def chunked_attention(q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT, q_o
     return unblock(out), unblock(lse)
 
 
-def _blocks(x, size, fill=0):
-    """[B, tokens, ...] -> [blocks, B, size, ...], padded with `fill`."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+def _blocks(x, size):
+    """[B, tokens, ...] -> [blocks, B, size, ...], padded with zeros."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
     return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _meetings(rows, columns):
-    """Which pairs of blocks meet: for each row block and for each column block, its (list of partners, their number).
+def _meetings(mask: Mask, q_block: int, kv_block: int):
+    """Which pairs of blocks meet: for each row block and for each column block, its (list of partners, their number)."""
+    meet_IJ = jnp.any(mask.block_pairs(q_block, kv_block)[0], axis=0)
 
-    A pair may be listed although no query sees a key (ranges overlap, ids differ): the mask decides within it.
-    """
-    (q_order, q_segments), (kv_order, kv_segments) = rows, columns
+    def lists(meet):
+        return jnp.argsort(~meet, axis=-1, stable=True), jnp.sum(meet, axis=-1)
 
-    def span(segments, real):  # padding must not widen it
-        return jnp.min(jnp.where(real, segments, _LAST), -1), jnp.max(jnp.where(real, segments, _FIRST), -1)
-
-    q_low, q_high = span(q_segments, q_order != _FIRST)
-    kv_low, kv_high = span(kv_segments, kv_order != _LAST)
-    causal = jnp.min(kv_order, -1)[None] <= jnp.max(q_order, -1)[:, None]
-    overlap = (q_low[:, None] <= kv_high[None]) & (kv_low[None] <= q_high[:, None])
-    meets_IJ = jnp.any(causal & overlap, axis=-1)
-
-    def lists(meets):
-        return jnp.argsort(~meets, axis=-1, stable=True), jnp.sum(meets, axis=-1)
-
-    return lists(meets_IJ), lists(meets_IJ.T)
+    return lists(meet_IJ), lists(meet_IJ.T)
 
 
 def _hidden(row, column):
@@ -85,13 +72,8 @@ def _at(tree, i):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q_IBKRH, k_JBKQH, v_JBKQH, rows, columns):
-    return _forward(scale, q_IBKRH, k_JBKQH, v_JBKQH, rows, columns)[0]
-
-
-def _forward(scale, q, k, v, rows, columns):
-    (partners_IJ, count_I), _ = _meetings(rows, columns)
+def _forward(scale, q, k, v, mask):
+    rows, columns, ((partners_IJ, count_I), _) = mask
 
     def query_block(_, block):
         q_i, row, partners, count = block
@@ -117,16 +99,11 @@ def _forward(scale, q, k, v, rows, columns):
         return None, (out.astype(q_i.dtype), lse)
 
     _, (out, lse) = jax.lax.scan(query_block, None, (q, rows, partners_IJ, count_I))
-    return (out, lse), (q, k, v, rows, columns, out, lse)
+    return out, lse
 
 
-def _backward(scale, residuals, cotangents):
-    q, k, v, rows, columns, out, lse = residuals
-    d_out, d_lse = cotangents
-    _, (partners_JI, count_J) = _meetings(rows, columns)
-    # d scores = weights * (d_out . v - delta), with delta = d_out . out, less what flows in through lse.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
-    safe_lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+def _backward(scale, q, k, v, mask, lse, d_out, delta):
+    rows, columns, (_, (partners_JI, count_J)) = mask
 
     def key_block(d_q, block):
         k_j, v_j, column, partners, count = block
@@ -135,7 +112,7 @@ def _backward(scale, residuals, cotangents):
         def query_block(n, carry):
             d_q, d_k, d_v = carry
             i = partners[n]
-            q_i, d_out_i, lse_i, delta_i, row = _at((q, d_out, safe_lse, delta, rows), i)
+            q_i, d_out_i, lse_i, delta_i, row = _at((q, d_out, lse, delta, rows), i)
             # Keys first, [Q, R], and d_q transposed, [H, R]: so no product has to turn the weights, the large factor.
             hidden_QR = _hidden(row, column).swapaxes(-1, -2)
             scores_QR = _dot("BKQH,BKRH->BKQR", k_j, q_i) * scale + hidden_QR
@@ -153,7 +130,7 @@ def _backward(scale, residuals, cotangents):
 
     start = jnp.zeros(q.swapaxes(-1, -2).shape, jnp.float32)
     d_q, (d_k, d_v) = jax.lax.scan(key_block, start, (k, v, columns, partners_JI, count_J))
-    return d_q.swapaxes(-1, -2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    return d_q.swapaxes(-1, -2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-_attend.defvjp(_forward, _backward)
+_attend = flash_attention(_forward, _backward)

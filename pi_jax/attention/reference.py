@@ -2,17 +2,16 @@
 
 import jax.numpy as jnp
 
+from pi_jax.attention.mask import Mask
 
-def reference_attention(q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT, q_order_BS, kv_order_BT, scale):
+
+def reference_attention(q_BSNH, k_BTKH, v_BTKH, mask: Mask, scale: float):
     """See `attention`. O(S * T) memory: for tests and short sequences."""
     B, S, N, H = q_BSNH.shape
     K = k_BTKH.shape[2]
     q_BSKGH = q_BSNH.astype(jnp.float32).reshape(B, S, K, N // K, H)
     scores_BKGST = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH.astype(jnp.float32), precision="highest") * scale
-    visible_BST = (kv_order_BT[:, None, :] <= q_order_BS[:, :, None]) & (
-        kv_segments_BT[:, None, :] == q_segments_BS[:, :, None]
-    )
-    visible = visible_BST[:, None, None]
+    visible = mask.visible()[:, None, None]
     # A row that sees no key has maximum -inf; 0 in its place keeps exp and its gradient finite.
     top = jnp.max(scores_BKGST, axis=-1, keepdims=True, where=visible, initial=-jnp.inf)
     top = jnp.where(jnp.isfinite(top), top, 0.0)

@@ -1,0 +1,32 @@
+"""What the computation will run on: asked while tracing, so a mesh of devices that are not here counts too."""
+
+import re
+
+import jax
+
+# Compute capability of GPUs that are compiled for without being there, by what their name says.
+_CAPABILITIES = {"A100": (8, 0), "A40": (8, 6), "A10": (8, 6), "RTX 30": (8, 6), "RTX 40": (8, 9), "L4": (8, 9)}
+_CAPABILITIES |= {"H100": (9, 0), "H200": (9, 0), "GH200": (9, 0), "B200": (10, 0), "B300": (10, 3), "RTX 50": (12, 0)}
+
+
+def _device():
+    """The device of the mesh in use, as far as a mesh knows it; else the default one."""
+    abstract, real = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), jax.devices()[0]
+    here = abstract is None or not abstract.platform or abstract.device_kind == real.device_kind
+    return real if here else abstract
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu"."""
+    name = _device().platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of the NVIDIA GPU in use, (9, 0) for an H100; (8, 0), what every kernel fits, where it is not known."""
+    device = _device()
+    if found := re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", "")):
+        return int(found[1]), int(found[2])
+    # Of a device that is not here there is only a name; the longest match wins, for an A100 is no A10.
+    names = [name for name in _CAPABILITIES if name in device.device_kind]
+    return _CAPABILITIES[max(names, key=len)] if names else (8, 0)
