@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-slow test-transformers4 lint format tiny clean
+.PHONY: test test-slow test-compiled test-transformers4 lint format tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,11 @@ test: .venv/installed           ## the test suite, some minutes on two cores
 
 test-slow: .venv/installed      ## what takes longer: memory at 32k tokens
 	$(BIN)/python -m pytest -m slow
+
+test-compiled:                  ## the kernels compiled for A100, H100 and TPUs that are not here
+	test -x build/compilers/bin/python || $(PYTHON) -m venv build/compilers
+	build/compilers/bin/pip install --quiet --constraint constraints.txt --editable '.[compilers]'
+	build/compilers/bin/python -m pytest -m compiled
 
 test-transformers4: .venv/installed   ## exports read by transformers 4, in an environment of its own
 	rm -rf build/transformers4 build/exports

@@ -1,5 +1,6 @@
 """Every backend against the judge, and the judge against the definition: who sees whom, shown by gradients."""
 
+import functools
 import subprocess
 import sys
 
@@ -8,118 +9,174 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax.attention import attention, chunked
+from pi_jax.attention import api, attention, chunked, pallas_triton, splash
+from pi_jax.attention.flash import SAVED_NAME
+from pi_jax.attention.mask import Mask
 from pi_jax.attention.reference import reference_attention
+from tests import topologies
+
+ON_CPU = ("chunked", "pallas_triton", "splash")
+"""Backends that a CPU can run, the kernels in interpret mode."""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 
 
-def _inputs(batch, q_len, kv_len, heads, kv_heads, head_dim, dtype=jnp.float32):
+def _inputs(batch, q_len, kv_len, heads, kv_heads, head_dim, dtype="float32"):
     keys = jax.random.split(jax.random.key(q_len + kv_len + heads), 4)
     shapes = [(q_len, heads), (kv_len, kv_heads), (kv_len, kv_heads), (q_len, heads)]
     return [jax.random.normal(k, (batch, n, h, head_dim), dtype) for k, (n, h) in zip(keys, shapes, strict=True)]
 
 
-def _results(q, k, v, cotangent, **arguments):
-    """out, lse and the gradients of a function of both."""
+def _results(q, k, v, cotangent, implementation, **arguments):
+    """out, lse (where there is one) and the gradients of a function of both."""
+    with_lse = implementation != "splash"
 
     def scalar(q, k, v):
-        out, lse = attention(q, k, v, return_lse=True, **arguments)
+        found = attention(q, k, v, implementation=implementation, return_lse=with_lse, **arguments)
+        out, lse = found if with_lse else (found, jnp.zeros(()))
         finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
-        return jnp.sum(out.astype(jnp.float32) * cotangent) + jnp.sum(jnp.sin(finite)), (out, finite)
+        weighed = jnp.sum(jnp.sin(finite)) if arguments.get("scale") else 0.0  # lse has a gradient, too
+        return jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32)) + weighed, (out, finite)
 
-    (_, (out, lse)), gradients = jax.value_and_grad(scalar, (0, 1, 2), has_aux=True)(q, k, v)
-    return [out, lse, *gradients]
+    (_, (out, lse)), gradients = jax.jit(jax.value_and_grad(scalar, (0, 1, 2), has_aux=True))(q, k, v)
+    return {"out": out, "dq": gradients[0], "dk": gradients[1], "dv": gradients[2]} | ({"lse": lse} if with_lse else {})
 
 
 def _worst(expected, found):
-    """Largest relative error in norm."""
+    """Largest relative error in norm; of what is all but 0 (dq where one key is seen) relative to entries of 0.1."""
     errors = []
-    for a, b in zip(expected, found, strict=True):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
+    for name, b in found.items():
+        a, b = (np.asarray(x, np.float32) for x in (expected[name], b))
         assert np.isfinite(b).all()
-        errors.append(np.linalg.norm(a - b) / (np.linalg.norm(a) + 1e-3))
+        errors.append(np.linalg.norm(a - b) / max(np.linalg.norm(a), 0.1 * a.size**0.5))
     return max(errors)
 
 
 def _documents(batch, length, kind):
-    """Segment ids: several documents, padding (0) at the end, or a row that is all padding."""
+    """Segment ids: one document; many, cut anywhere; padding (0) at the end; a row that is all padding."""
     if kind == "one":
         return None
     ids = np.zeros((batch, length), np.int32)
     if kind == "padded":
         ids[:, : length * 2 // 3] = 1
-    elif kind == "packed":
-        starts = np.random.default_rng(length).integers(0, length, (batch, 3))
+    elif kind in ("many", "padding"):
+        starts = np.random.default_rng(length).integers(0, length, (batch, 4))
         ids = 1 + (np.arange(length)[None, :, None] >= starts[:, None, :]).sum(-1)
-    return jnp.asarray(ids, jnp.int32)  # kind "padding": all 0
+        if kind == "padding":
+            ids[-1] = 0
+    return jnp.asarray(ids, jnp.int32)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """So that short rows have many blocks, and boundaries inside them."""
+# Every length with every kind of row; heads, groups and head sizes take turns, so that each pair of values occurs.
+_HEADS = [(4, 4, 64), (6, 2, 96), (8, 2, 128), (8, 1, 64), (3, 1, 128), (4, 1, 96), (2, 2, 128)]
+_KINDS = ("one", "many", "padded", "padding")
+_CASES = [
+    (length, kind, _HEADS[(5 * i + 2 * j) % 7], dtype)
+    for i, length in enumerate((1, 17, 128, 1000, 2048))
+    for j, kind in enumerate(_KINDS)
+    for dtype in (("float32", "bfloat16") if length > 1 else ("float32",))
+]
+
+
+def _marked(case):
+    length, kind, _, dtype = case
+    quick = kind == "many" if dtype == "bfloat16" or length in (1, 1000) else length < 1000
+    slow = [] if quick and (length, dtype) != (1000, "bfloat16") else [pytest.mark.slow]
+    return pytest.param(*case, id="-".join(map(str, case)), marks=slow)
+
+
+@functools.lru_cache(maxsize=2)
+def _judged(length, kind, heads, dtype):
+    """Arguments of a case, what the reference makes of them, and what it would make of the classic mistakes."""
+    arrays = _inputs(2, length, length, *heads, dtype)
+    segments = _documents(2, length, kind)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    mistakes = [{"segment_ids": segments, "q_positions": 1 + jnp.arange(length)[None].repeat(2, 0)}]
+    mistakes += [{}] if segments is not None else []
+    wrong = [attention(*exact[:3], implementation="reference", **m) for m in mistakes if length > 1]
+    return arrays, segments, _results(*exact, "reference", segment_ids=segments), wrong
+
+
+@pytest.mark.parametrize(("length", "kind", "heads", "dtype"), [_marked(case) for case in _CASES])
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_equals_reference(implementation, length, kind, heads, dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "BLOCK", 128)  # so that short rows have several blocks, and boundaries inside them
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    arrays, segments, expected, wrong = _judged(length, kind, heads, dtype)
+    found = _results(*arrays, implementation, segment_ids=segments)
+    assert found["out"].dtype == dtype
+    assert _worst(expected, found) < TOLERANCE[dtype]
+    # The control: had documents been ignored, or the diagonal been one off, this comparison would have seen it.
+    for out in wrong:
+        assert _worst({"out": out}, {"out": found["out"]}) > 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("mistake", ["segments", "diagonal"])
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_a_broken_backend_is_seen(implementation, mistake, monkeypatch):
+    """The two classic mistakes, made inside each backend."""
+    q, k, v, cotangent = _inputs(2, 200, 200, 4, 2, 64)
+    segments = _documents(2, 200, "many")
+    expected = _results(q, k, v, cotangent, "reference", segment_ids=segments)
+    assert _worst(expected, _results(q, k, v, cotangent, implementation, segment_ids=segments)) < 1e-5
+    if mistake == "diagonal" and implementation == "splash":
+        plain = splash.masks.CausalMask
+        monkeypatch.setattr(splash.masks, "CausalMask", lambda shape: plain(shape, offset=1))
+    else:
+
+        def broken(q_order, q_segments, kv_order, kv_segments, **flags):
+            if mistake == "segments":
+                return Mask(q_order, 0 * q_segments, kv_order, 0 * kv_segments, **flags)
+            return Mask(q_order + 1, q_segments, kv_order, kv_segments, **flags)
+
+        monkeypatch.setattr(api, "Mask", broken)
+    assert _worst(expected, _results(q, k, v, cotangent, implementation, segment_ids=segments)) > 5e-2
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "pallas_triton"])
+@pytest.mark.parametrize("order", ["shard", "reversed", "zigzag"])
+def test_queries_and_keys_in_any_order(implementation, order, monkeypatch):
+    """A part of the queries meets all keys, as where a row is split over devices; values and gradients."""
     monkeypatch.setattr(chunked, "BLOCK", 128)
-
-
-@pytest.mark.parametrize("documents", ["one", "packed", "padded", "padding"])
-@pytest.mark.parametrize("length", [1, 17, 128, 300])
-def test_chunked_equals_reference(length, documents):
-    q, k, v, cotangent = _inputs(2, length, length, 4, 2, 32)
-    segments = _documents(2, length, documents)
-    expected = _results(q, k, v, cotangent, segment_ids=segments, implementation="reference")
-    found = _results(q, k, v, cotangent, segment_ids=segments, implementation="chunked")
-    assert _worst(expected, found) < 1e-5
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (6, 2, 96), (8, 1, 128)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2), ("float16", 2e-2)])
-def test_heads_groups_and_dtypes(heads, kv_heads, head_dim, dtype, tolerance):
-    q, k, v, cotangent = _inputs(1, 200, 200, heads, kv_heads, head_dim, dtype)
-    segments = _documents(1, 200, "packed")
-    exact = [x.astype(jnp.float32) for x in (q, k, v)]
-    expected = _results(*exact, cotangent.astype(jnp.float32), segment_ids=segments, implementation="reference")
-    found = _results(q, k, v, cotangent.astype(jnp.float32), segment_ids=segments, implementation="chunked")
-    assert found[0].dtype == dtype and found[1].dtype == jnp.float32
-    assert _worst(expected, found) < tolerance
-
-
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_a_shard_of_the_queries_meets_all_keys(implementation):
-    """Any order of queries and keys: here a late shard, and keys in reverse."""
-    q, k, v, cotangent = _inputs(1, 300, 300, 4, 2, 32)
-    segments = _documents(1, 300, "packed")
-    whole = _results(q, k, v, cotangent, segment_ids=segments, implementation="reference")
-    shard = slice(150, 280)
-    found = attention(
-        q[:, shard],
-        k[:, ::-1],
-        v[:, ::-1],
-        segment_ids=(segments[:, shard], segments[:, ::-1]),
-        q_positions=jnp.arange(300)[None, shard],
-        kv_positions=jnp.arange(300)[None, ::-1],
-        implementation=implementation,
-    )
-    assert _worst([whole[0][:, shard]], [found]) < 1e-5
-
-
-@pytest.mark.parametrize("broken", ["segments", "diagonal"])
-def test_the_parity_tests_can_fail(broken):
-    """The two classic mistakes are far outside every tolerance used above."""
-    q, k, v, cotangent = _inputs(2, 300, 300, 4, 2, 32)
-    segments = _documents(2, 300, "packed")
-    expected = _results(q, k, v, cotangent, segment_ids=segments, implementation="reference")
-    mistake = {
-        "segments": {},
-        "diagonal": {"segment_ids": segments, "q_positions": 1 + jnp.arange(300)[None].repeat(2, 0)},
+    length = 512
+    q, k, v, cotangent = _inputs(1, length, length, 4, 2, 64)
+    segments = _documents(1, length, "many")
+    rows, columns = {
+        "shard": (np.arange(150, 380), np.arange(length)),
+        "reversed": (np.arange(150, 380), np.arange(length)[::-1]),
+        "zigzag": (np.r_[128:192, 320:384], np.arange(length).reshape(8, 64)[[0, 7, 1, 6, 2, 5, 3, 4]].reshape(-1)),
+    }[order]
+    arguments = {
+        "segment_ids": (segments[:, rows], segments[:, columns]),
+        "q_positions": jnp.asarray(rows)[None],
+        "kv_positions": jnp.asarray(columns)[None],
+        "scale": 0.2,  # and lse takes part in the gradient
     }
-    found = _results(q, k, v, cotangent, implementation="chunked", **mistake[broken])
-    assert _worst(expected, found) > 5e-2
+    part = (q[:, rows], k[:, columns], v[:, columns], cotangent[:, rows])
+    expected = _results(*part, "reference", **arguments)
+    assert _worst(expected, _results(*part, implementation, **arguments)) < 1e-5
+    whole = attention(q, k, v, segment_ids=segments, scale=0.2, implementation="reference")
+    np.testing.assert_allclose(expected["out"], whole[:, rows], atol=1e-6)
+    arguments["q_positions"] += 1
+    assert _worst(expected, _results(*part, implementation, **arguments)) > 5e-2
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked", "pallas_triton"])
+def test_a_query_that_sees_nothing_gets_zeros(implementation):
+    q, k, v, cotangent = _inputs(1, 20, 40, 2, 1, 64)
+    segments = (jnp.zeros((1, 20), jnp.int32).at[:, 5].set(7), jnp.zeros((1, 40), jnp.int32))
+    found = _results(q, k, v, cotangent, implementation, segment_ids=segments, scale=0.2)
+    assert all(np.isfinite(x).all() for x in found.values())
+    assert not found["out"][:, 5].any() and not found["dq"][:, 5].any() and found["out"][:, 6].all()
+    _, lse = attention(q, k, v, segment_ids=segments, implementation=implementation, return_lse=True)
+    assert np.isneginf(lse[:, 5]).all() and np.isfinite(lse[:, 6]).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", *ON_CPU])
 def test_gradients_show_causality_and_isolation(implementation):
     """d out[i] / d v[j] is exactly 0 for a later token or another document, and not 0 otherwise."""
     length = 150
-    q, k, v, _ = _inputs(1, length, length, 2, 1, 32)
-    segments = _documents(1, length, "packed")
+    q, k, v, _ = _inputs(1, length, length, 2, 1, 64)
+    segments = _documents(1, length, "many")
 
     def out_of(v):
         return attention(q, k, v, segment_ids=segments, implementation=implementation)[0, :, 0].sum(-1)
@@ -130,14 +187,156 @@ def test_gradients_show_causality_and_isolation(implementation):
     np.testing.assert_array_equal(np.asarray(reach) != 0, may)
 
 
-def test_blocks_that_do_not_meet_are_not_computed():
-    """Four documents of two blocks each: 12 pairs of blocks instead of 36."""
-    order = jnp.arange(1024).reshape(8, 1, 128)
-    segments = order // 256
-    (_, partners), _ = chunked._meetings([order, segments], [order, segments])
-    assert int(partners.sum()) == 12
-    (_, partners), _ = chunked._meetings([order, 0 * segments], [order, 0 * segments])
-    assert int(partners.sum()) == 36
+# --- What is not computed
+
+
+def _mask(segments, order=None):
+    order = jnp.arange(segments.shape[1])[None] if order is None else order
+    return Mask(order, segments, order, segments, in_order=False, one_document=False)
+
+
+def test_block_ranges_hold_all_that_is_visible():
+    rng = np.random.default_rng(0)
+    for case in range(20):
+        order = np.arange(96) if case % 2 else rng.permutation(96)
+        segments = np.sort(rng.integers(0, 4, 96)) if case % 4 else rng.integers(0, 3, 96)
+        mask = _mask(jnp.asarray(segments)[None], jnp.asarray(order)[None])
+        visible = np.asarray(mask.visible()[0])
+        for ranges, seen, block, other in zip(
+            mask.block_ranges(16, 32), (visible, visible.T), (16, 32), (32, 16), strict=True
+        ):
+            for i, (first, whole_first, whole_last, last) in enumerate(np.asarray(ranges[0])):
+                rows = seen[i * block : (i + 1) * block]
+                assert first <= whole_first <= whole_last <= last
+                assert not rows[:, : first * other].any() and not rows[:, last * other :].any()
+                assert rows[:, whole_first * other : whole_last * other].all()
+
+
+def test_packed_documents_cost_what_they_would_cost_alone():
+    """Four documents of two blocks each: 12 pairs of blocks instead of 36, all but the diagonal without a mask."""
+    segments = (jnp.arange(1024) // 256)[None]
+    for ids, pairs, whole in ((segments, 12, 4), (0 * segments, 36, 28)):
+        for ranges in _mask(ids).block_ranges(128, 128):
+            first, whole_first, whole_last, last = jnp.moveaxis(ranges, -1, 0)
+            assert (last - first).sum() == pairs and (whole_last - whole_first).sum() == whole
+        (_, partners), _ = chunked._meetings(_mask(ids), 128, 128)
+        assert partners.sum() == pairs
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "pallas_triton"])
+def test_blocks_of_other_documents_are_not_read(implementation, monkeypatch):
+    """Not a number in one document's queries, keys and values never reaches another, though 0 * nan is nan."""
+    monkeypatch.setattr(chunked, "BLOCK", 128)
+    q, k, v, cotangent = _inputs(1, 384, 384, 2, 1, 64)
+    segments = (jnp.arange(384) // 128)[None]
+    clean = _results(q, k, v, cotangent, implementation, segment_ids=segments)
+    q, k, v = (x.at[:, 128:256].set(jnp.nan) for x in (q, k, v))
+    others = np.r_[:128, 256:384]
+
+    def loss(q, k, v):
+        out = attention(q, k, v, segment_ids=segments, implementation=implementation)
+        return jnp.sum(out * cotangent)
+
+    for name, found in zip(("dq", "dk", "dv"), jax.grad(loss, (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_array_equal(found[:, others], clean[name][:, others])
+        assert np.isnan(found[:, 128:256]).any()
+
+
+def test_a_remat_policy_can_spare_the_second_forward_pass():
+    q, k, v, _ = _inputs(1, 64, 64, 2, 1, 64)
+
+    def kernels(policy):
+        def loss(q):
+            return jax.checkpoint(lambda q: attention(q, k, v, implementation="pallas_triton"), policy=policy)(q).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(q)).count("name=forward_kernel")
+
+    assert kernels(jax.checkpoint_policies.nothing_saveable) == 2
+    assert kernels(jax.checkpoint_policies.save_only_these_names(SAVED_NAME)) == 1
+
+
+# --- Which backend is chosen, and what each refuses
+
+
+@pytest.mark.parametrize(
+    ("capability", "case", "expected"),
+    [
+        ((9, 0), {}, "cudnn"),
+        ((9, 0), {"segments": True}, "pallas_triton"),
+        ((9, 0), {"positions": True}, "pallas_triton"),
+        ((9, 0), {"return_lse": True}, "pallas_triton"),
+        ((9, 0), {"dtype": "float32"}, "pallas_triton"),
+        ((8, 0), {}, "pallas_triton"),
+        ((8, 6), {"segments": True}, "pallas_triton"),
+        ((8, 0), {"head_dim": 512}, "chunked"),
+        (None, {}, "chunked"),
+    ],
+)
+def test_auto_chooses_by_device_and_arguments(capability, case, expected):
+    def chosen():
+        shape = (1, 64, 2, case.get("head_dim", 64))
+        q = jax.ShapeDtypeStruct(shape, case.get("dtype", "bfloat16"))
+        rows = jnp.zeros((1, 64), jnp.int32)
+        flags = {"in_order": "positions" not in case, "one_document": "segments" not in case}
+        return api._choose("auto", q, q, Mask(rows, rows, rows, rows, **flags), case.get("return_lse", False))
+
+    if capability is None:
+        assert chosen() == expected
+    else:
+        with topologies.abstract_gpu(capability):
+            assert chosen() == expected
+
+
+@pytest.mark.parametrize(
+    ("implementation", "change", "words"),
+    [
+        ("cudnn", {}, "runs on an NVIDIA GPU"),
+        ("splash", {"q_positions": jnp.zeros((1, 64), jnp.int32)}, "takes no q_positions"),
+        ("splash", {"return_lse": True}, "takes no return_lse"),
+        ("splash", {"dtype": "float16"}, "float32 and bfloat16"),
+        ("pallas_triton", {"head_dim": 512}, "head sizes up to 256, not 512"),
+    ],
+)
+def test_what_a_backend_cannot_honour_it_refuses(implementation, change, words):
+    change = dict(change)
+    x = jnp.zeros((1, 64, 2, change.pop("head_dim", 64)), change.pop("dtype", "bfloat16"))
+    with pytest.raises(ValueError, match=f"implementation is '{implementation}', which .*{words}"):
+        attention(x, x, x, implementation=implementation, **change)
+
+
+def test_cudnn_refuses_documents():
+    """What other systems ignore in silence: their packed documents read each other."""
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    rows = jnp.zeros((1, 64), jnp.int32)
+    with topologies.abstract_gpu((9, 0)), pytest.raises(ValueError, match="'cudnn', which .*segment_ids"):
+        api._choose("cudnn", x, x, Mask(rows, rows, rows, rows, in_order=True, one_document=False), False)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "bfloat16"), (96, "float16"), (128, "bfloat16"), (128, "float32"), (256, "bfloat16")]
+)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)])
+def test_triton_kernels_lower_for_gpus(capability, head_dim, dtype):
+    """Forward and backward for a GPU that is not here, and nothing of size length x length in it."""
+    q, k = (jax.ShapeDtypeStruct((1, 4096, n, head_dim), dtype) for n in (8, 2))
+    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+
+    def loss(q, k, v, segments):
+        out = attention(q, k, v, segment_ids=segments, implementation="pallas_triton")
+        return jnp.sum(out.astype(jnp.float32))
+
+    with topologies.abstract_gpu(capability):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert all(text.count(f'"{name}_kernel"') == 1 or f"{name}_kernel" in text for name in ("forward", "dq", "dkv"))
+    assert text.count("gpu.triton") == 3 and "4096x4096" not in text
+
+
+def test_triton_tiles_fit_every_head_size():
+    for head_dim in (16, 32, 64, 80, 96, 128, 192, 256):
+        for dtype in ("float32", "bfloat16"):
+            for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+                assert pallas_triton.tiles(head_dim, dtype, capability).forward.queries >= 16
 
 
 def test_the_reference_is_the_definition():
@@ -150,11 +349,16 @@ def test_the_reference_is_the_definition():
         for head in range(2):
             weights = np.exp([q[0, i, head] @ k[0, j, 0] * 0.3 for j in seen])
             expected[i, head] = weights @ v[0, seen, 0] / weights.sum()
-    order, segments = jnp.arange(9)[None], jnp.asarray(ids)[None]
     found, _ = reference_attention(
-        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), segments, segments, order, order, 0.3
+        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), _mask(jnp.asarray(ids)[None]), 0.3
     )
     np.testing.assert_allclose(found[0], expected, atol=1e-6)
+
+
+def test_float64_is_refused():
+    x = np.zeros((2, 8, 4, 16), np.float64)
+    with pytest.raises(ValueError, match="q is float64: it must be one of float32, bfloat16, float16"):
+        attention(x, x, x)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +372,8 @@ def test_the_reference_is_the_definition():
         ({"q_positions": (1, 8)}, "q_positions has shape"),
         ({"implementation": "magic"}, "implementation is 'magic'.*chunked"),
         ({"dtype": "int32"}, "q is int32"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"segment_ids": "pair"}, r"segment_ids has shape \(2, 9\): it must be \(2, 8\)"),
         ({"k_dtype": "bfloat16"}, "k is bfloat16 but q is float32"),
     ],
 )
@@ -176,6 +382,8 @@ def test_bad_arguments_are_named(change, message):
     dtype = change.pop("dtype", "float32")
     dtypes = {"q": dtype, "k": change.pop("k_dtype", dtype), "v": dtype}
     arrays = {n: jnp.zeros(change.pop(n, s), dtypes[n]) for n, s in shapes.items()}
+    if change.get("segment_ids") == "pair":
+        change["segment_ids"] = (jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 9), jnp.int32))
     arguments = {n: jnp.zeros(s, jnp.int32) if isinstance(s, tuple) else s for n, s in change.items()}
     with pytest.raises(ValueError, match=message):
         attention(arrays["q"], arrays["k"], arrays["v"], **arguments)

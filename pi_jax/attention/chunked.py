@@ -12,6 +12,7 @@ keys. The queries of a block and the heads of a group lie along one axis, R rows
 import jax
 import jax.numpy as jnp
 
+from pi_jax.attention import device
 from pi_jax.attention.flash import flash_attention
 from pi_jax.attention.mask import Mask
 
@@ -47,7 +48,7 @@ def _blocks(x, size):
 
 
 def _meetings(mask: Mask, q_block: int, kv_block: int):
-    """Which pairs of blocks meet: for each row block and for each column block, its (list of partners, their number)."""
+    """Which blocks meet: for each block of queries and for each of keys, its (list of partners, their number)."""
     meet_IJ = jnp.any(mask.block_pairs(q_block, kv_block)[0], axis=0)
 
     def lists(meet):
@@ -65,6 +66,10 @@ def _hidden(row, column):
 
 
 def _dot(equation, x, y):
+    if device.platform() == "cpu":
+        # XLA multiplies half precision in float32 here anyway, and for some shapes refuses to: "Unsupported element
+        # type for DotThunk::Execute: BF16 x BF16 = F32" (jax 0.10.2).
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 

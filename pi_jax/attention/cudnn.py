@@ -26,7 +26,5 @@ def refuses(q_BSNH, k_BTKH, mask: Mask, return_lse: bool) -> str | None:
 
 def cudnn_attention(q_BSNH, k_BTKH, v_BTKH, mask: Mask, scale: float):
     """See `attention`; lse is None."""
-    out = jax.nn.dot_product_attention(
-        q_BSNH, k_BTKH, v_BTKH, scale=scale, is_causal=True, implementation="cudnn"
-    )
+    out = jax.nn.dot_product_attention(q_BSNH, k_BTKH, v_BTKH, scale=scale, is_causal=True, implementation="cudnn")
     return out, None

@@ -163,7 +163,7 @@ def _store(ref, value, head_dim: int):
 
 
 def _visit(range_ref, repeat: int, step, carry):
-    """Runs `step(repetition, block, masked, carry)` over a range of blocks: first the wholly visible ones, then the rest.
+    """Runs `step(repetition, block, masked, carry)` over a range of blocks: the wholly visible ones, then the others.
 
     The repetitions (heads of a group) and the blocks make one loop, which Triton can pipeline as a whole.
     """
@@ -171,11 +171,11 @@ def _visit(range_ref, repeat: int, step, carry):
     whole, before, after = whole_last - whole_first, whole_first - first, last - whole_last
 
     def whole_step(t, carry):
-        n = jax.lax.div(t, whole) if repeat > 1 else 0
+        n = jax.lax.div(t, whole) if repeat > 1 else jnp.int32(0)
         return step(n, whole_first + t - n * whole, False, carry)
 
     def masked_step(t, carry):
-        n = jax.lax.div(t, before + after) if repeat > 1 else 0
+        n = jax.lax.div(t, before + after) if repeat > 1 else jnp.int32(0)
         t -= n * (before + after)
         return step(n, jnp.where(t < before, first + t, whole + first + t), True, carry)
 
@@ -210,7 +210,11 @@ def _forward_kernel(
         acc_QH = acc_QH * fade_Q[:, None] + _dot(weights_QP.astype(v_PH.dtype), v_PH)
         return new_top_Q, total_Q * fade_Q + jnp.sum(weights_QP, axis=-1), acc_QH
 
-    start = (jnp.full(queries, -jnp.inf, jnp.float32), jnp.zeros(queries, jnp.float32), jnp.zeros(q_QH.shape, jnp.float32))
+    start = (
+        jnp.full(queries, -jnp.inf, jnp.float32),
+        jnp.zeros(queries, jnp.float32),
+        jnp.zeros(q_QH.shape, jnp.float32),
+    )
     top_Q, total_Q, acc_QH = _visit(range_ref, 1, step, start)
     some = total_Q > 0
     total_Q = jnp.where(some, total_Q, 1.0)
