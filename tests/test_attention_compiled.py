@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pi_jax.attention import attention, pallas_triton
+from pi_jax.attention.flash import SAVED_NAME
 from tests import topologies
 
 pytestmark = pytest.mark.compiled
@@ -120,6 +121,24 @@ def test_gpu_memory_is_linear_in_length(capability, head_dim):
     print(f"{capability} {head_dim}: {half / 2**20:.0f} MiB at 16k, {whole / 2**20:.0f} MiB at 32k")
     assert whole <= 2.2 * half
     assert whole < 2**28  # a float32 score for each pair of tokens and head would be 32 GiB
+
+
+def test_a_remat_policy_spares_the_second_forward_pass():
+    mesh = topologies.gpu_mesh((9, 0))
+
+    def kernels(policy):
+        def loss(q, k, v):
+            run = jax.checkpoint(lambda q: attention(q, k, v, implementation="pallas_triton"), policy=policy)
+            return jnp.sum(jnp.square(run(q).astype(jnp.float32)))
+
+        shapes = _shapes(1024, 64, NamedSharding(mesh, PartitionSpec()))[:3]
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss)).trace(*shapes).lower(lowering_platforms=("cuda",))
+            text = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
+        return len(re.findall(r"custom-call\(.*forward_kernel", text))
+
+    assert kernels(jax.checkpoint_policies.nothing_saveable) == 2
+    assert kernels(jax.checkpoint_policies.save_only_these_names(SAVED_NAME)) == 1
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

@@ -31,7 +31,7 @@ from pi_jax.attention.flash import flash_attention
 from pi_jax.attention.mask import Mask
 
 # JAX 0.11 announced that this backend will go some day, at every lowering; docs/attention.md says what that means.
-warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 _LOG2_E = math.log2(math.e)
 _WIDEST = 256

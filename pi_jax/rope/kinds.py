@@ -144,14 +144,12 @@ class Dynamic(_Checked):
         original = self.original_max_position_embeddings
         length = jnp.maximum(original if length is None else length, original).astype(jnp.float32)
         growth = self.factor * length / original - (self.factor - 1)
-        # theta' to the power 2j/H as a product: theta's share from float64, the growth's in float32. So, within the
-        # window, this is `Default` to the last bit. Beyond it differs from transformers' by a relative 8e-7 at most,
-        # of which up to 6e-7 is the rounding of theirs.
-        powers = _powers(self.theta, head_dim)
-        high = powers.astype(_F32)
-        low = (powers - high).astype(_F32)
-        share = _exponents(head_dim) * _F32(head_dim / max(head_dim - 2, 1))
-        return 1 / (high + (low + high * jnp.expm1(share * jnp.log(growth))))
+        # Powers in float64, rounded where transformers rounds: what is left is that torch's float32 power is not always
+        # correctly rounded. This is one small vector, so float64 costs nothing even where it is emulated.
+        with jax.enable_x64(True):
+            grown = self.theta * (growth.astype(jnp.float64) ** (head_dim / max(head_dim - 2, 1))).astype(jnp.float32)
+            powers = grown.astype(jnp.float64) ** _exponents(head_dim).astype(np.float64)
+            return 1 / powers.astype(jnp.float32)
 
 
 @jax.tree_util.register_static
