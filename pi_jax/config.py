@@ -142,8 +142,8 @@ class ComputeConfig:
     """Of the master weights and of the optimizer's moments."""
     remat: Literal["none", "layer"] = "layer"
     """'layer' keeps one activation a layer and recomputes the rest in the backward pass."""
-    attention: Literal["auto", "reference", "chunked"] = "auto"
-    """Backend: see `pi_jax.attention`."""
+    attention: Literal["auto", "reference", "chunked", "pallas_triton", "splash", "cudnn"] = "auto"
+    """Backend: see docs/attention.md; "auto" takes the best that this device and the packing allow."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at one time."""
 

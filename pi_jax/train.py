@@ -240,6 +240,18 @@ def _check(config: Config, model: ModelConfig, pipeline: Pipeline, files: str, m
         "model.vocab_size": (model.vocab_size, "vocab"),
     }
     sharding.require_divisible(mesh, sizes)
+    # One loss is traced, not computed: what an attention backend refuses is said before anything is written.
+    template = abstract(model, config.compute)
+    placed = jax.tree.map(_on, template, sharding.shard_tree(mesh, template, parameter_axes(template)))
+    rows = jax.ShapeDtypeStruct((config.data.batch_size, config.data.window), "int32")
+    rows = _on(rows, sharding.named(mesh, ("batch", "sequence")))
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), rows)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(batch_loss, placed, batch | {"loss_weights": rows.update(dtype="float32")})
+
+
+def _on(leaf: jax.ShapeDtypeStruct, place: jax.NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _vocab_hash(files: str) -> str | None:
@@ -265,7 +277,7 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
     template = abstract(model_config, config.compute)
     shardings = sharding.shard_tree(mesh, template, parameter_axes(template))
     if checkpoints.steps():
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
+        target = jax.tree.map(_on, template, shardings)
         shapes = jax.eval_shape(functools.partial(first_state, optimizer=optimizer), target)
         restored = checkpoints.restore(jax.tree.map(functools.partial(_placed, mesh), shapes))
         for reason in restored.skipped:

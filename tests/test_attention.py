@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import subprocess
 import sys
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pi_jax import sharding
 from pi_jax.attention import api, attention, chunked, pallas_triton, splash
 from pi_jax.attention.mask import Mask
 from pi_jax.attention.reference import reference_attention
+from pi_jax.config import MeshConfig
 from tests import topologies
 
 ON_CPU = ("chunked", "pallas_triton", "splash")
@@ -158,6 +161,25 @@ def test_queries_and_keys_in_any_order(implementation, order, monkeypatch):
     np.testing.assert_allclose(expected["out"], whole[:, rows], atol=1e-5)
     arguments["q_positions"] += 1
     assert _worst(expected, _results(*part, implementation, **arguments)) > 5e-2
+
+
+@pytest.mark.parametrize(
+    ("implementation", "sizes"),
+    [("pallas_triton", {"context": 2, "tensor": 2}), ("splash", {"fsdp": 2, "tensor": 2}), ("auto", {"context": 4})],
+)
+def test_on_a_mesh(implementation, sizes):
+    """Rows, heads and (but for splash) the queries of a row on several devices."""
+    mesh = sharding.make_mesh(MeshConfig(**{"data": 8 // math.prod(sizes.values()), "fsdp": 1, **sizes}))
+    q, k, v, _ = _inputs(4, 128, 128, 4, 2, 64)
+    segments = _documents(4, 128, "many")
+    expected = attention(q, k, v, segment_ids=segments, implementation="reference")
+    with jax.set_mesh(mesh):
+        axes = [("batch", "sequence", "heads", None)] + 2 * [("batch", "sequence", "kv_heads", None)]
+        arrays = [jax.device_put(x, sharding.named(mesh, a)) for x, a in zip((q, k, v), axes, strict=True)]
+        segments = jax.device_put(segments, sharding.named(mesh, ("batch", "sequence")))
+        backend = functools.partial(attention, implementation=implementation)
+        found = jax.jit(functools.partial(sharding.attend, backend))(*arrays, segments)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked", "pallas_triton"])

@@ -144,6 +144,7 @@ def test_training_starts_from_a_hugging_face_folder(config, inputs, tmp_path, me
         ({"model": {"vocab_size": 256}}, "model's vocab_size is 256"),
         ({"train": {"init_from": "nowhere"}}, "nowhere: there is no such folder"),
         ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+        ({"compute": {"attention": "cudnn"}}, "implementation is 'cudnn', which runs on an NVIDIA GPU"),
         ({"train": {"output": "/proc/none/run"}}, "/proc/none/run cannot be made"),
         ({"logging": {"wandb_project": "x"}}, "pip install wandb"),
     ],

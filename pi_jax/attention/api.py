@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pi_jax.attention import chunked, cudnn, device, pallas_triton, reference, splash
 from pi_jax.attention.mask import Mask
+from pi_jax.errors import InputError
 
 
 class Backend(NamedTuple):
@@ -112,7 +113,7 @@ def _choose(implementation: str, q, k, mask: Mask, return_lse: bool) -> str:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r}: it must be one of {known}")
     if reason := IMPLEMENTATIONS[implementation].refuses(q, k, mask, return_lse):
-        raise ValueError(f"implementation is {implementation!r}, which {reason}: choose another, or 'auto'")
+        raise InputError(f"implementation is {implementation!r}, which {reason}: choose another, or 'auto'")
     return implementation
 
 
