@@ -13,7 +13,7 @@ BIN := .venv/bin
 test: .venv/installed           ## the test suite, some minutes on two cores
 	$(BIN)/python -m pytest
 
-test-slow: .venv/installed      ## what takes longer: memory at 32k tokens
+test-slow: .venv/installed      ## what takes longer: memory at 32k tokens, attention at more sizes
 	$(BIN)/python -m pytest -m slow
 
 test-compiled:                  ## the kernels compiled for A100, H100 and TPUs that are not here

@@ -5,6 +5,7 @@ import functools
 import math
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from pi_jax import sharding
-from pi_jax.attention import api, attention, chunked, pallas_triton, splash
+from pi_jax.attention import api, attention, chunked, device, splash
 from pi_jax.attention.mask import Mask
 from pi_jax.attention.reference import reference_attention
 from pi_jax.config import MeshConfig
@@ -69,7 +70,7 @@ def _documents(batch, length, kind):
     return jnp.asarray(ids, jnp.int32)
 
 
-# Every length with every kind of row; heads, groups and head sizes take turns, so that each pair of values occurs.
+# Every length with every kind of row; heads, groups and head sizes take turns.
 _HEADS = [(4, 4, 64), (6, 2, 96), (8, 2, 128), (8, 1, 64), (3, 1, 128), (4, 1, 96), (2, 2, 128)]
 _KINDS = ("one", "many", "padded", "padding")
 _CASES = [
@@ -330,15 +331,22 @@ def test_triton_kernels_lower_for_gpus(capability, head_dim, dtype):
     with topologies.abstract_gpu(capability):
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
-    assert all(text.count(f'"{name}_kernel"') == 1 or f"{name}_kernel" in text for name in ("forward", "dq", "dkv"))
+    assert all(f"{name}_kernel" in text for name in ("forward", "dq", "dkv"))
     assert text.count("gpu.triton") == 3 and "4096x4096" not in text
 
 
-def test_triton_tiles_fit_every_head_size():
-    for head_dim in (16, 32, 64, 80, 96, 128, 192, 256):
-        for dtype in ("float32", "bfloat16"):
-            for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
-                assert pallas_triton.tiles(head_dim, dtype, capability).forward.queries >= 16
+@pytest.mark.parametrize(("told", "expected"), [("9.0", (9, 0)), ("12.0", (12, 0)), ("gfx90a", (0, 0)), (None, (8, 0))])
+def test_compute_capability_is_what_the_device_says(told, expected, monkeypatch):
+    found = types.SimpleNamespace(platform="gpu", device_kind="?", compute_capability=told)
+    monkeypatch.setattr(device, "_device", lambda: found)
+    assert device.compute_capability() == expected
+    if told == "gfx90a":
+        x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+        rows = jnp.zeros((1, 64), jnp.int32)
+        mask = Mask(rows, rows, rows, rows, in_order=True, one_document=True)
+        assert api._choose("auto", x, x, mask, False) == "chunked"
+        with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+            api._choose("pallas_triton", x, x, mask, False)
 
 
 def test_the_reference_is_the_definition():

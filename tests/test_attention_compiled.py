@@ -113,6 +113,13 @@ def _temporary_bytes(mesh, platform, implementation, length, head_dim=128, maske
         return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("length", [1, 17, 100])
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_short_rows_compile_for_a_gpu(length, head_dim):
+    """Their blocks are smaller than those of the table."""
+    _temporary_bytes(topologies.gpu_mesh((9, 0)), "cuda", "pallas_triton", length, head_dim)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gpu_memory_is_linear_in_length(capability, head_dim):

@@ -11,6 +11,8 @@ def refuses(q_BSNH, k_BTKH, mask: Mask, return_lse: bool) -> str | None:
     """What it cannot do of this call, or None."""
     if device.platform() != "gpu":
         return f"runs on an NVIDIA GPU, not on a {device.platform().upper()}"
+    if device.compute_capability() < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
     if not mask.one_document:
         return "knows no documents and would let them read each other, so it takes no segment_ids"
     if not mask.in_order or q_BSNH.shape[1] != k_BTKH.shape[1]:

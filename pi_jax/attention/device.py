@@ -23,10 +23,11 @@ def platform() -> str:
 
 
 def compute_capability() -> tuple[int, int]:
-    """Of the NVIDIA GPU in use, (9, 0) for an H100; (8, 0), what every kernel fits, where it is not known."""
+    """Of the NVIDIA GPU in use, (9, 0) for an H100; (0, 0) of another maker's; (8, 0) where it is not known."""
     device = _device()
-    if found := re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", "")):
-        return int(found[1]), int(found[2])
+    if told := getattr(device, "compute_capability", None):
+        found = re.fullmatch(r"(\d+)\.(\d+)", told)
+        return (int(found[1]), int(found[2])) if found else (0, 0)  # AMD's are names, such as gfx90a
     # Of a device that is not here there is only a name; the longest match wins, for an A100 is no A10.
     names = [name for name in _CAPABILITIES if name in device.device_kind]
     return _CAPABILITIES[max(names, key=len)] if names else (8, 0)

@@ -103,7 +103,7 @@ def refuses(q_BSNH, k_BTKH, mask: Mask, return_lse: bool) -> str | None:
     if device.platform() == "tpu":
         return "runs on an NVIDIA GPU (and interpreted on a CPU), not on a TPU"
     if device.platform() == "gpu" and device.compute_capability() < (8, 0):
-        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
+        return "needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
     if q_BSNH.shape[3] > _WIDEST:
         return f"takes head sizes up to {_WIDEST}, not {q_BSNH.shape[3]}"
     return None
