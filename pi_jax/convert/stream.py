@@ -1,0 +1,142 @@
+"""How a model goes from one place to another: a tensor at a time, so that no machine has to hold it.
+
+A `Reader` gives named tensors when they are asked for; a `Writer` takes one after the other. What passes is one layer
+of one parameter (`weights.Tensor`), so the memory needed is that of a few such tensors, whatever the model's size.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from pi_jax.convert.weights import Index, Tensor
+from pi_jax.errors import InputError
+
+Dtypes = dict[str, np.dtype]
+"""Dtype of each tensor, by Hugging Face's name."""
+Digests = dict[str, str]
+"""SHA-256 of the bytes of each tensor in Hugging Face's order, by its name there."""
+
+_FLOATS = ("float32", "float16", "bfloat16")
+_EXPONENT = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}  # all ones: infinite or not a number
+_PIECE = 1 << 20
+
+
+class Reader(Protocol):
+    """A model's weights somewhere, read lazily. Opening it has checked that all are there, with the right shapes."""
+
+    order: list[Tensor]
+    """All tensors, in the order in which they are read fastest."""
+    dtypes: Dtypes
+
+    def read(self, tensor: Tensor, index: Index = ...) -> np.ndarray:
+        """A tensor, or the part of it within `index`.
+
+        Raises:
+          InputError: if it cannot be read or holds values that are not finite.
+        """
+
+
+class Writer(Protocol):
+    """Where a model goes."""
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Takes the next tensor, in the order that the writer was made for."""
+
+    def close(self) -> None:
+        """Finishes what was written; not called after an error."""
+
+
+def require_float(where: str, name: str, dtype: str) -> None:
+    """Checks the dtype of a tensor in a file."""
+    if dtype not in _FLOATS:
+        raise InputError(f"{where}: {name} is {dtype}: weights must be one of {', '.join(_FLOATS)}")
+
+
+def require_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
+    """The array, if all its values are finite. In pieces, by their bits: no copy of it is made."""
+    exponent = _EXPONENT[array.dtype.name]
+    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+    for start in range(0, bits.size, _PIECE):
+        if ((bits[start : start + _PIECE] & exponent) == exponent).any():
+            raise InputError(f"{where}: {name} holds values that are not finite")
+    return array
+
+
+def target_dtypes(reader: Reader, dtype: str) -> Dtypes:
+    """The dtypes to write: those of the source ("same"), or one for all."""
+    return reader.dtypes if dtype == "same" else dict.fromkeys(reader.dtypes, np.dtype(dtype))
+
+
+def main_dtype(dtypes: Dtypes) -> str:
+    """The one dtype that a config names: that of the largest tables and most of the weights."""
+    names = [dtype.name for dtype in dtypes.values()]
+    return max(set(names), key=names.count)
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def with_progress(tensors: Iterable[Tensor], dtypes: Dtypes, what: str, quiet: bool) -> Iterable[Tensor]:
+    """The tensors one after the other, with a bar of the bytes done and their rate."""
+    sizes = {t.name: int(np.prod(t.shape)) * dtypes[t.name].itemsize for t in tensors}
+    with tqdm(
+        total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=quiet or None, mininterval=0.5
+    ) as bar:
+        for tensor in tensors:
+            yield tensor
+            bar.update(sizes[tensor.name])
+
+
+def copy(reader: Reader, writer: Writer, dtypes: Dtypes, quiet: bool = False) -> Digests:
+    """Moves every tensor.
+
+    Returns:
+      The digests of what was handed to the writer.
+
+    Raises:
+      InputError: if a value cannot be expressed in the dtype asked for.
+    """
+    digests = {}
+    for tensor in with_progress(reader.order, dtypes, "writing", quiet):
+        array = _cast(tensor.name, reader.read(tensor), dtypes[tensor.name])
+        digests[tensor.name] = digest(array)
+        writer.write(tensor, array)
+    writer.close()
+    return digests
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype.name == "float16":
+        try:
+            require_finite("", name, cast)
+        except InputError:
+            raise InputError(f"{name} holds values too large for float16: choose --dtype bfloat16 or float32") from None
+    return cast
+
+
+def verify(
+    target: str,
+    digests: Digests,
+    order: list[Tensor],
+    dtypes: Dtypes,
+    read: Callable[[Tensor], np.ndarray],
+    quiet: bool,
+) -> None:
+    """Compares every tensor that an independent reader finds in `target` with what was handed to the writer.
+
+    Raises:
+      InputError: naming the first tensor that differs.
+    """
+    for tensor in with_progress(order, dtypes, "reading back", quiet):
+        array = read(tensor)
+        if array.dtype != dtypes[tensor.name] or array.shape != tensor.shape or digest(array) != digests[tensor.name]:
+            raise InputError(f"{target}: {tensor.name} read back differs from what was written")
