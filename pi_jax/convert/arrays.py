@@ -76,4 +76,6 @@ class Reader:
         """See `stream.Reader`."""
         leaf = self._leaves[tensor.weight.name]
         array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-        return stream.require_finite("the model", tensor.name, np.ascontiguousarray(array.reshape(self._shapes[tensor.name])))[index]
+        return stream.require_finite(
+            "the model", tensor.name, np.ascontiguousarray(array.reshape(self._shapes[tensor.name]))
+        )[index]

@@ -1,9 +1,9 @@
 """The last proof: pi_jax and transformers compute the same logits, inside the original window and far beyond it.
 
-Both read a small part of the model, the first layers, rows of the vocabulary and feed-forward channels, as many as fit
-in some hundred megabytes: a model in its own right, on which a wrong name, order of rows, RoPE scaling or norm shows as
-on the whole. The two take different ways to it: pi_jax its own readers, transformers its own parser of config.json and
-the safetensors library.
+Both read a small part of the model, the first layers, rows of the vocabulary and, where it is large, feed-forward
+channels and heads: a model in its own right, on which a wrong name, order of rows, RoPE scaling or norm shows as on the
+whole, and which does not need its memory. The two take different ways to it: pi_jax its own readers, transformers its
+own parser of config.json and the safetensors library.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from pi_jax.convert import arrays, independent, stream, weights
 from pi_jax.convert.folders import is_remote, read_json
 from pi_jax.errors import InputError
 
-_PARAMETERS = 32_000_000  # of the part; at least a layer
-_VOCABULARY, _CHANNELS, _TOKENS = 1024, 1024, 48
+_PARAMETERS = 16_000_000  # of the part; at least a layer
+_VOCABULARY, _CHANNELS, _TOKENS = 512, 1024, 48
 TOLERANCE = 1e-3
 """Largest difference, as a part of the largest logit where that is above 1."""
 
 
 def part_of(config: ModelConfig) -> ModelConfig:
-    """The first layers, vocabulary rows and feed-forward channels of an architecture."""
+    """The first layers, vocabulary rows and, in large models, feed-forward channels and heads of an architecture."""
     small = dataclasses.replace(
         config,
         vocab_size=min(config.vocab_size, _VOCABULARY),
@@ -36,6 +36,10 @@ def part_of(config: ModelConfig) -> ModelConfig:
     )
     if small.num_parameters() > _PARAMETERS:
         small = dataclasses.replace(small, intermediate_size=min(config.intermediate_size, _CHANNELS))
+    if small.num_parameters() > _PARAMETERS:
+        group = config.num_attention_heads // config.num_key_value_heads
+        groups = min(config.num_key_value_heads, max(1, _CHANNELS // (group * config.head_dim)))
+        small = dataclasses.replace(small, num_attention_heads=group * groups, num_key_value_heads=groups)
     layer = dataclasses.replace(small, num_hidden_layers=2).num_parameters() - small.num_parameters()
     layers = 1 + max(0, _PARAMETERS - small.num_parameters()) // layer
     return dataclasses.replace(small, num_hidden_layers=min(config.num_hidden_layers, layers))
@@ -74,7 +78,7 @@ def compare(reader: stream.Reader, config: ModelConfig, folder: Any) -> str:
         return "logits not compared (torch is not installed)"
     small, positions = part_of(config), spread_positions(config)
     tokens = np.random.default_rng(0).integers(0, small.vocab_size, len(positions)).astype(np.int32)
-    ours, theirs = _ours(reader, small, tokens, positions), _theirs(folder, config, small, tokens, positions)
+    ours, theirs = _ours(reader, small, tokens, positions), _theirs(folder, small, tokens, positions)
     difference, scale = float(np.abs(ours - theirs).max()), max(1.0, float(np.abs(theirs).max()))
     if not difference <= TOLERANCE * scale:
         raise InputError(
@@ -98,20 +102,18 @@ def _ours(reader: stream.Reader, small: ModelConfig, tokens: np.ndarray, positio
         return np.asarray(run(model, batch))[0]
 
 
-def _theirs(
-    folder: Any, config: ModelConfig, small: ModelConfig, tokens: np.ndarray, positions: np.ndarray
-) -> np.ndarray:
+def _theirs(folder: Any, small: ModelConfig, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
     import torch
     import transformers
 
-    sizes = ("vocab_size", "num_hidden_layers", "intermediate_size")
+    sizes = "vocab_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads head_dim".split()
     stated = read_json(f"{folder}/config.json") | {name: getattr(small, name) for name in sizes}
     stated |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     kind = transformers.AutoConfig.for_model(stated.pop("model_type"), **stated)
     model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32, attn_implementation="eager")
     read = independent.hf_part(folder)
     state = {t.name: torch.from_numpy(read(t).astype(np.float32)) for t in weights.tensors(small)}
-    found = model.load_state_dict(state, strict=False)
+    found = model.load_state_dict(state, strict=False, assign=True)
     if set(found.missing_keys) - {"lm_head.weight"} or found.unexpected_keys:
         raise InputError(f"{folder}: transformers wants other tensors ({found.missing_keys}, {found.unexpected_keys})")
     model.tie_weights()

@@ -107,6 +107,8 @@ TABLE = (
     Weight("head", "lm_head.weight", "output.weight", _TABLE, 0),
 )
 
+HF_NAMES = {weight.name: weight.hf for weight in TABLE}
+
 HF_IGNORED = (".rotary_emb.inv_freq",)
 """Endings of tensors that old files carry and that hold no weights."""
 META_IGNORED = ("rope.freqs",)
