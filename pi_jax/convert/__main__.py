@@ -61,22 +61,23 @@ def convert(args: Convert, quiet: bool = False) -> None:
     source = open_model(args.source, args.rope, args.meta.window)
     config, files = source.config, args.tokenizer or source.files
     started = time.monotonic()
-    reader = source.reader(args.step)
+    weights = source.reader(args.step)
+    reader = stream.Cast(weights, args.dtype)
     with new_folder(args.target) as folder:
         if args.format == "hf":
-            facts = source.facts(getattr(reader, "step", 0))
+            facts = source.facts(getattr(weights, "step", 0))
             size = int(args.shard_gb * 1e9)
-            hf.write(reader, config, folder, args.dtype, size, facts, files, args.verify, quiet)
+            hf.write(reader, config, folder, size, facts, files, args.verify, quiet)
         elif args.format == "meta":
-            meta.write(reader, config, folder, args.dtype, args.meta, files, args.verify, quiet)
+            meta.write(reader, config, folder, args.meta, files, args.verify, quiet)
         else:
-            run.write(reader, config, folder, args.dtype, files, args.verify, quiet)
+            run.write(reader, config, folder, files, args.verify, quiet)
         compared = _compare_logits(args, source, reader, folder) if args.verify else "not compared (--no-verify)"
-    dtypes = stream.target_dtypes(reader, args.dtype)
-    size = sum(math.prod(tensor.shape) * dtypes[tensor.name].itemsize for tensor in reader.order)
+    size = sum(math.prod(tensor.shape) * reader.dtypes[tensor.name].itemsize for tensor in reader.order)
     print(
-        f"{args.target}: {config.num_parameters():,} parameters, {stream.main_dtype(dtypes)}, {config.rope}, window "
-        f"{config.max_position_embeddings}; {size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s; {compared}"
+        f"{args.target}: {config.num_parameters():,} parameters, {stream.main_dtype(reader.dtypes)}, {config.rope}, "
+        f"window {config.max_position_embeddings}; {size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s; "
+        f"{compared}"
     )
     for note in _notes(args, source):
         print(f"note: {note}")

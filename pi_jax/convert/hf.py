@@ -253,16 +253,15 @@ def save(
     Raises:
       InputError: if the target exists or cannot be written, or what was read back differs.
     """
-    reader = arrays.Reader(model)
+    reader = stream.Cast(arrays.Reader(model), dtype)
     with new_folder(target) as folder:
-        write(reader, model.config, folder, dtype, shard_bytes, facts, extras, quiet=True)
+        write(reader, model.config, folder, shard_bytes, facts, extras, quiet=True)
 
 
 def write(
     reader: stream.Reader,
     config: ModelConfig,
     folder: epath.Path,
-    dtype: str,
     shard_bytes: int,
     facts: card.Facts,
     extras: str | None,
@@ -270,8 +269,8 @@ def write(
     quiet: bool = False,
 ) -> None:
     """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `save`."""
-    dtypes = stream.target_dtypes(reader, dtype)
-    digests = stream.copy(reader, safetensor.Writer(folder, reader.order, dtypes, shard_bytes), dtypes, quiet)
+    dtypes = reader.dtypes
+    digests = stream.copy(reader, safetensor.Writer(folder, reader.order, dtypes, shard_bytes), quiet)
     write_json(folder / "config.json", config_dict(config, stream.main_dtype(dtypes)))
     if extras:
         copy_files(extras, folder, config.max_position_embeddings)

@@ -32,7 +32,7 @@ _KNOWN = (
     *"rope_scaling_factor max_seq_len max_batch_size sliding_window".split(),
 )
 # What Meta wrote beside the width; tried in this order, so that released sizes come out as they were.
-_FEED_FORWARD = ((256, None), (4096, 1.3), (1024, 1.3), (256, 1.5), (256, 1.0), (4096, 1.2))
+_FEED_FORWARD = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,11 @@ class Folder:
         if scaled:
             factor = float(params.get("rope_scaling_factor") or (32.0 if dim <= 3072 else 8.0))
             scaling = Llama3(
-                theta, factor, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
+                theta=theta,
+                factor=factor,
+                original_max_position_embeddings=8192,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
             )
         llama3 = vocabulary > _LLAMA3_VOCABULARY
         return ModelConfig(
@@ -385,16 +389,15 @@ def write(
     reader: stream.Reader,
     config: ModelConfig,
     folder: epath.Path,
-    dtype: str,
     options: MetaOptions,
     extras: str,
     verify: bool = True,
     quiet: bool = False,
 ) -> None:
     """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `hf.write`."""
-    dtypes = stream.target_dtypes(reader, dtype)
+    dtypes = reader.dtypes
     writer = Writer(pathlib.Path(folder), config, reader.order, dtypes, options)
-    digests = stream.copy(reader, writer, dtypes, quiet)
+    digests = stream.copy(reader, writer, quiet)
     write_json(folder / PARAMS, params_dict(config))
     write_json(folder / SIDECAR, hf.config_dict(config, stream.main_dtype(dtypes)))
     copy_files(extras, folder, config.max_position_embeddings)

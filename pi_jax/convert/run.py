@@ -14,6 +14,8 @@ from pi_jax.errors import InputError
 
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
+EXPORTS = "hf"
+"""Hugging Face folders that a run writes while it trains."""
 _PREFIX = "model."
 
 
@@ -84,14 +86,13 @@ def write(
     reader: stream.Reader,
     config: ModelConfig,
     folder: epath.Path,
-    dtype: str,
     extras: str,
     verify: bool = True,
     quiet: bool = False,
 ) -> None:
     """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `hf.write`."""
-    dtypes = stream.target_dtypes(reader, dtype)
-    digests = stream.copy(reader, Writer(folder, config, dtypes), dtypes, quiet)
+    dtypes = reader.dtypes
+    digests = stream.copy(reader, Writer(folder, config, dtypes), quiet)
     (folder / MODEL).mkdir()
     copy_files(extras, folder / MODEL)
     write_json(folder / MODEL / "config.json", hf.config_dict(config, stream.main_dtype(dtypes)))

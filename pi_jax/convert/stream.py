@@ -65,9 +65,29 @@ def require_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def target_dtypes(reader: Reader, dtype: str) -> Dtypes:
-    """The dtypes to write: those of the source ("same"), or one for all."""
-    return reader.dtypes if dtype == "same" else dict.fromkeys(reader.dtypes, np.dtype(dtype))
+class Cast:
+    """A reader whose tensors come in another dtype."""
+
+    def __init__(self, reader: Reader, dtype: str):
+        """`dtype`: one for all, or "same" as the reader's own."""
+        self._reader = reader
+        self.order = reader.order
+        self.dtypes = reader.dtypes if dtype == "same" else dict.fromkeys(reader.dtypes, np.dtype(dtype))
+
+    def read(self, tensor: Tensor, index: Index = (...,)) -> np.ndarray:
+        """See `Reader`.
+
+        Raises:
+          InputError: besides, if a value is too large for float16.
+        """
+        array, dtype = self._reader.read(tensor, index), self.dtypes[tensor.name]
+        if array.dtype == dtype:
+            return array
+        with np.errstate(over="ignore"):
+            cast = array.astype(dtype)
+        if dtype.name == "float16" and not np.isfinite(cast).all():
+            raise InputError(f"{tensor.name} holds values too large for float16: choose --dtype bfloat16 or float32")
+        return cast
 
 
 def main_dtype(dtypes: Dtypes) -> str:
@@ -92,35 +112,15 @@ def with_progress(tensors: Iterable[Tensor], dtypes: Dtypes, what: str, quiet: b
             bar.update(sizes[tensor.name])
 
 
-def copy(reader: Reader, writer: Writer, dtypes: Dtypes, quiet: bool = False) -> Digests:
-    """Moves every tensor.
-
-    Returns:
-      The digests of what was handed to the writer.
-
-    Raises:
-      InputError: if a value cannot be expressed in the dtype asked for.
-    """
+def copy(reader: Reader, writer: Writer, quiet: bool = False) -> Digests:
+    """Moves every tensor; returns the digests of what was handed to the writer."""
     digests = {}
-    for tensor in with_progress(reader.order, dtypes, "writing", quiet):
-        array = _cast(tensor.name, reader.read(tensor), dtypes[tensor.name])
+    for tensor in with_progress(reader.order, reader.dtypes, "writing", quiet):
+        array = reader.read(tensor)
         digests[tensor.name] = digest(array)
         writer.write(tensor, array)
     writer.close()
     return digests
-
-
-def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if dtype.name == "float16":
-        try:
-            require_finite("", name, cast)
-        except InputError:
-            raise InputError(f"{name} holds values too large for float16: choose --dtype bfloat16 or float32") from None
-    return cast
 
 
 def verify(
