@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -309,8 +310,11 @@ class WeightsWriter:
             prefix + name: np.broadcast_to(np.zeros((), dtype), shape).view(_Blank)
             for name, (shape, dtype) in shapes.items()
         }
-        with ocp.training.Checkpointer(self._folder, context=_context()) as checkpointer:
-            checkpointer.save(0, blank, force=True)
+        try:
+            with ocp.training.Checkpointer(self._folder, context=_context()) as checkpointer:
+                checkpointer.save(0, blank, force=True)
+        except Exception as error:  # Orbax raises many kinds
+            raise OSError(_reason(error)) from None
         self._arrays = {name: _open_array(self._folder, 0, prefix + name, uncompressed=True) for name in shapes}
         self._sums = dict.fromkeys(shapes, 0)
 
@@ -320,8 +324,8 @@ class WeightsWriter:
         self._sums[name] += int(_fingerprint_of_part(part, layer or 0)[0])
         try:
             self._arrays[name][... if layer is None else slice(layer, layer + 1)].write(part).result()
-        except ValueError as error:  # TensorStore's only kind; the reason stands in it, a full disk for one
-            raise OSError(str(error)[:200]) from None
+        except ValueError as error:  # TensorStore's only kind
+            raise OSError(_reason(error)) from None
 
     def close(self) -> None:
         """Adds the fingerprints, without which nothing reads the checkpoint."""
@@ -332,7 +336,19 @@ class WeightsWriter:
         path.write_text(json.dumps(metadata))
 
 
-def _root(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """What the operating system said, where a library hands it on in a longer text."""
+    error = _innermost(error)
+    found = re.search(r"([^:]+) \[os_error_code=", str(error))
+    return found.group(1).strip() if found else _root(error)
+
+
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
+    return error
+
+
+def _root(error: BaseException) -> str:
+    error = _innermost(error)
     return f"{type(error).__name__}: {str(error)[:200]}"

@@ -384,6 +384,11 @@ class Writer:
         for file in self._files:
             file.close()
 
+    def discard(self) -> None:
+        """Closes the files, unfinished."""
+        for file in self._files:
+            file.discard()
+
 
 def write(
     reader: stream.Reader,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pi_jax.convert.safetensor import Entry, finish, read_rows
+from pi_jax.convert.safetensor import Entry, discard, finish, read_rows
 from pi_jax.convert.stream import require_finite, require_float
 from pi_jax.errors import InputError
 
@@ -166,3 +166,8 @@ class Writer:
         self._record("version", b"3\n")
         self._archive.close()
         finish(self._file)
+
+    def discard(self) -> None:
+        """Closes the file, unfinished."""
+        self._archive.fp = None  # else it would be completed when it is collected
+        discard(self._file)

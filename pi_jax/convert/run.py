@@ -81,6 +81,9 @@ class Writer:
         """Finishes the checkpoint."""
         self._writer.close()
 
+    def discard(self) -> None:
+        """Nothing is open between two writes."""
+
 
 def write(
     reader: stream.Reader,

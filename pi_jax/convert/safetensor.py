@@ -166,6 +166,17 @@ class Writer:
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
+    def discard(self) -> None:
+        """Closes the file in hand, unfinished."""
+        if self._file is not None:
+            discard(self._file)
+
+
+def discard(file: Any) -> None:
+    """Closes a file whose content no longer matters."""
+    with contextlib.suppress(OSError, ValueError):
+        file.close()
+
 
 def finish(file: Any) -> None:
     """Closes a written file; a local one is on the disk then, not only on its way."""

@@ -5,7 +5,8 @@ of one parameter (`weights.Tensor`), so the memory needed is that of a few such 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -46,7 +47,10 @@ class Writer(Protocol):
         """Takes the next tensor, in the order that the writer was made for."""
 
     def close(self) -> None:
-        """Finishes what was written; not called after an error."""
+        """Finishes what was written."""
+
+    def discard(self) -> None:
+        """Gives up after an error: closes files, whose folder is then removed."""
 
 
 def require_float(where: str, name: str, dtype: str) -> None:
@@ -115,12 +119,29 @@ def with_progress(tensors: Iterable[Tensor], dtypes: Dtypes, what: str, quiet: b
 def copy(reader: Reader, writer: Writer, quiet: bool = False) -> Digests:
     """Moves every tensor; returns the digests of what was handed to the writer."""
     digests = {}
-    for tensor in with_progress(reader.order, reader.dtypes, "writing", quiet):
-        array = reader.read(tensor)
-        digests[tensor.name] = digest(array)
-        writer.write(tensor, array)
-    writer.close()
+    try:
+        for tensor, array, found in _with_digests(reader.order, reader.dtypes, reader.read, "writing", quiet):
+            writer.write(tensor, array)
+            digests[tensor.name] = found.result()
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
     return digests
+
+
+def _with_digests(
+    order: list[Tensor], dtypes: Dtypes, read: Callable[[Tensor], np.ndarray], what: str, quiet: bool
+) -> Iterator[tuple[Tensor, np.ndarray, Future[str]]]:
+    """Tensors, their values and their digests to come; the next value is read while one is in use."""
+    with ThreadPoolExecutor(2) as pool:
+        coming = pool.submit(read, order[0])
+        for tensor, following in zip(with_progress(order, dtypes, what, quiet), [*order[1:], None], strict=True):
+            array = coming.result()
+            found = pool.submit(digest, array)
+            if following:
+                coming = pool.submit(read, following)
+            yield tensor, array, found
 
 
 def verify(
@@ -136,7 +157,7 @@ def verify(
     Raises:
       InputError: naming the first tensor that differs.
     """
-    for tensor in with_progress(order, dtypes, "reading back", quiet):
-        array = read(tensor)
-        if array.dtype != dtypes[tensor.name] or array.shape != tensor.shape or digest(array) != digests[tensor.name]:
+    for tensor, array, found in _with_digests(order, dtypes, read, "reading back", quiet):
+        same = array.dtype == dtypes[tensor.name] and array.shape == tensor.shape
+        if not same or found.result() != digests[tensor.name]:
             raise InputError(f"{target}: {tensor.name} read back differs from what was written")
