@@ -5,7 +5,7 @@
 The model has LLaMA-2-7B's shape, random bfloat16 weights (13.5 GB); it and all that is made of it are removed at the
 end. Needs three times that on the disk. Every measurement is a process of its own: its peak resident memory is what the
 kernel says of it, and the files that it reads have been put out of the page cache. A rate is the model's bytes over the
-time until everything is on the disk, for `cp` with a `sync` at the end.
+time until everything is on the disk (a `sync` at the end), set against the mean of three `cp` in the same run.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def main(args: Benchmark) -> None:
         subprocess.run([sys.executable, __file__, "make", str(folder / "model"), str(args.layers)], check=True)
         rows = []
 
-        def measure(name: str, source: str, command: list[str], target: str) -> float:
+        def measure(name: str, source: str, command: list[str]) -> None:
             seconds, peak = run(folder / source, command)
             rows.append(
                 {
@@ -119,26 +119,25 @@ def main(args: Benchmark) -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-            return seconds
 
-        copies = []
-        for _ in range(2):
-            command = ["cp", "-r", str(folder / "model"), str(folder / "copy")]
-            copies.append(measure("cp", "model", command, "copy"))
+        def copy() -> None:
+            measure("cp", "model", ["cp", "-r", str(folder / "model"), str(folder / "copy")])
             shutil.rmtree(folder / "copy")
-        steps = [("model", "meta"), ("meta", "hf"), ("model", "orbax"), ("orbax", "hf")]
-        for source, form in steps:
+
+        copy()
+        for source, form in (("model", "meta"), ("meta", "hf"), ("model", "orbax"), ("orbax", "hf")):
             for verify in ("--no-verify", "--verify"):
-                target = folder / (form if verify == "--verify" or form == "hf" else "unverified")
+                target = folder / (form if verify == "--verify" and form != "hf" else "thrown-away")
                 command = [sys.executable, "-m", "pi_jax.convert", "--source", str(folder / source)]
                 command += ["--target", str(target), "--format", form, verify]
-                name = f"{'hf' if source == 'model' else source} to {form}, {verify}"
-                seconds = measure(name, source, command, str(target))
-                rows[-1]["rate / cp"] = round(min(copies) / seconds, 2)
-                if target.name in ("unverified", "hf"):
-                    shutil.rmtree(target)
+                measure(f"{'hf' if source == 'model' else source} to {form}, {verify}", source, command)
+                shutil.rmtree(folder / "thrown-away", ignore_errors=True)
             if source != "model":
                 shutil.rmtree(folder / source)
+                copy()
+        copies = [row["seconds"] for row in rows if row["what"] == "cp"]
+        for row in rows:
+            row["rate / cp"] = round(sum(copies) / len(copies) / row["seconds"], 2)
         report = {
             "benchmark": "convert",
             "date": datetime.date.today().isoformat(),

@@ -270,7 +270,7 @@ def write(
 ) -> None:
     """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `save`."""
     dtypes = reader.dtypes
-    digests = stream.copy(reader, safetensor.Writer(folder, reader.order, dtypes, shard_bytes), quiet)
+    digests = stream.copy(reader, safetensor.Writer(folder, reader.order, dtypes, shard_bytes), verify, quiet)
     write_json(folder / "config.json", config_dict(config, stream.main_dtype(dtypes)))
     if extras:
         copy_files(extras, folder, config.max_position_embeddings)

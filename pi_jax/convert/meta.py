@@ -402,7 +402,7 @@ def write(
     """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `hf.write`."""
     dtypes = reader.dtypes
     writer = Writer(pathlib.Path(folder), config, reader.order, dtypes, options)
-    digests = stream.copy(reader, writer, quiet)
+    digests = stream.copy(reader, writer, verify, quiet)
     write_json(folder / PARAMS, params_dict(config))
     write_json(folder / SIDECAR, hf.config_dict(config, stream.main_dtype(dtypes)))
     copy_files(extras, folder, config.max_position_embeddings)

@@ -95,7 +95,7 @@ def write(
 ) -> None:
     """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `hf.write`."""
     dtypes = reader.dtypes
-    digests = stream.copy(reader, Writer(folder, config, dtypes), quiet)
+    digests = stream.copy(reader, Writer(folder, config, dtypes), verify, quiet)
     (folder / MODEL).mkdir()
     copy_files(extras, folder / MODEL)
     write_json(folder / MODEL / "config.json", hf.config_dict(config, stream.main_dtype(dtypes)))

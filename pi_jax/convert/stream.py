@@ -116,13 +116,14 @@ def with_progress(tensors: Iterable[Tensor], dtypes: Dtypes, what: str, quiet: b
             bar.update(sizes[tensor.name])
 
 
-def copy(reader: Reader, writer: Writer, quiet: bool = False) -> Digests:
-    """Moves every tensor; returns the digests of what was handed to the writer."""
+def copy(reader: Reader, writer: Writer, verify: bool, quiet: bool = False) -> Digests:
+    """Moves every tensor; returns the digests of what was handed to the writer, if it is to be verified."""
     digests = {}
     try:
-        for tensor, array, found in _with_digests(reader.order, reader.dtypes, reader.read, "writing", quiet):
+        for tensor, array, found in _with_digests(reader.order, reader.dtypes, reader.read, verify, "writing", quiet):
             writer.write(tensor, array)
-            digests[tensor.name] = found.result()
+            if found:
+                digests[tensor.name] = found.result()
         writer.close()
     except BaseException:
         writer.discard()
@@ -131,14 +132,19 @@ def copy(reader: Reader, writer: Writer, quiet: bool = False) -> Digests:
 
 
 def _with_digests(
-    order: list[Tensor], dtypes: Dtypes, read: Callable[[Tensor], np.ndarray], what: str, quiet: bool
-) -> Iterator[tuple[Tensor, np.ndarray, Future[str]]]:
-    """Tensors, their values and their digests to come; the next value is read while one is in use."""
+    order: list[Tensor],
+    dtypes: Dtypes,
+    read: Callable[[Tensor], np.ndarray],
+    wanted: bool,
+    what: str,
+    quiet: bool,
+) -> Iterator[tuple[Tensor, np.ndarray, Future[str] | None]]:
+    """Tensors, their values and, if wanted, their digests to come; the next value is read while one is in use."""
     with ThreadPoolExecutor(2) as pool:
         coming = pool.submit(read, order[0])
         for tensor, following in zip(with_progress(order, dtypes, what, quiet), [*order[1:], None], strict=True):
             array = coming.result()
-            found = pool.submit(digest, array)
+            found = pool.submit(digest, array) if wanted else None
             if following:
                 coming = pool.submit(read, following)
             yield tensor, array, found
@@ -157,7 +163,7 @@ def verify(
     Raises:
       InputError: naming the first tensor that differs.
     """
-    for tensor, array, found in _with_digests(order, dtypes, read, "reading back", quiet):
+    for tensor, array, found in _with_digests(order, dtypes, read, True, "reading back", quiet):
         same = array.dtype == dtypes[tensor.name] and array.shape == tensor.shape
         if not same or found.result() != digests[tensor.name]:
             raise InputError(f"{target}: {tensor.name} read back differs from what was written")
