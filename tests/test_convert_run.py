@@ -1,4 +1,4 @@
-"""pi_jax checkpoints as sources and targets: read and written a layer at a time, checked, taken by train like any model."""
+"""pi_jax checkpoints as sources and targets: read and written a layer at a time, checked, taken like any model."""
 
 import pathlib
 import shutil
@@ -104,7 +104,7 @@ def test_an_older_step_on_request(model, tmp_path, mesh):
 
 
 def test_checkpoints_with_all_layers_in_one_piece_are_read_too(model, tmp_path, mesh, monkeypatch):
-    """As they were stored before layers were kept apart: then an array is read once, and held until its layers are out."""
+    """As stored before layers were kept apart: an array is read once, and held until its layers are out."""
 
     def whole():
         context = ocp.Context()
@@ -124,11 +124,15 @@ def test_checkpoints_with_all_layers_in_one_piece_are_read_too(model, tmp_path, 
 
 
 def test_the_fingerprint_of_parts_adds_up():
-    x = np.random.default_rng(0).standard_normal((5, 3, 4), np.float32)
-    parts = sum(int(checkpoint._fingerprint_of_part(x[i : i + 1], i)[0]) for i in range(5)) % 2**32
-    assert parts == fingerprint({"x": jax.numpy.asarray(x)})["x"]
-    shuffled = sum(int(checkpoint._fingerprint_of_part(x[i : i + 1], 4 - i)[0]) for i in range(5)) % 2**32
-    assert shuffled != parts
+    for shape in ((40,), (5, 300), (5, 3, 4), (3, 4, 5, 60)):
+        for dtype in ("float32", "bfloat16"):
+            x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+            whole = fingerprint({"x": jax.numpy.asarray(x)})["x"]
+            assert checkpoint.fingerprint_of_part(x) == whole
+            parts = [checkpoint.fingerprint_of_part(x[i : i + 1], i) for i in range(shape[0])]
+            assert sum(parts) % 2**32 == whole
+            moved = [checkpoint.fingerprint_of_part(x[i : i + 1], shape[0] - 1 - i) for i in range(shape[0])]
+            assert sum(moved) % 2**32 != whole
 
 
 def test_a_step_for_a_folder_that_has_none_is_refused(folder, tmp_path):
