@@ -101,11 +101,12 @@ def _same_files(one, other, without=()):
             assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
 
 
+SLOW = pytest.mark.slow
 CASES = {
-    "1 file, LLaMA 1, fp16": (1, torch.float16, 1, {}),
+    "1 file, LLaMA 1, fp16": pytest.param((1, torch.float16, 1, {}), marks=SLOW),
     "2 files, LLaMA 2, bf16, GQA": (2, torch.bfloat16, 2, {}),
     "4 files, LLaMA 1, fp16, MHA": (4, torch.float16, 1, {"num_key_value_heads": 4}),
-    "8 files, LLaMA 2, bf16, MHA": (8, torch.bfloat16, 2, EIGHT),
+    "8 files, LLaMA 2, bf16, MHA": pytest.param((8, torch.bfloat16, 2, EIGHT), marks=SLOW),
     "8 files, Llama 3, fp32, MHA": (8, torch.float32, 3, EIGHT),
     "2 files, Llama 3, bf16, GQA, tied": (2, torch.bfloat16, 3, {"tie_word_embeddings": True}),
 }
@@ -132,7 +133,10 @@ def test_meta_to_all_forms_and_back_is_bit_exact(case, tmp_path):
     assert ours == theirs | {"vocab_size": whole["tok_embeddings.weight"].shape[0]}
 
 
-@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", False), ("float16", False)])
+@pytest.mark.parametrize(
+    ("dtype", "tied"),
+    [("float32", True), pytest.param("bfloat16", False, marks=SLOW), pytest.param("float16", False, marks=SLOW)],
+)
 def test_hugging_face_to_all_forms_and_back_is_bit_exact(tied, dtype, tmp_path, mesh):
     testing.tiny_tokenizer(tmp_path / "tokenizer")
     config = tiny_model_config(tie_word_embeddings=tied, rope=Linear(10000.0, 4.0), max_position_embeddings=256,

@@ -1,7 +1,10 @@
 """pi_jax checkpoints as sources and targets: read and written a layer at a time, checked, taken like any model."""
 
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -190,3 +193,19 @@ def test_a_broken_layer_is_named(model, tmp_path, mesh):
         _convert(tmp_path / "run", tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
     _convert(tmp_path / "run", tmp_path / "out", "hf", step=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["meta", "orbax"])
+def test_memory_does_not_grow_with_the_model(form, tmp_path):
+    """A model larger than the bound: three of its largest tensors, or two of its largest stored arrays, and 1 GiB."""
+    script, layers = pathlib.Path(__file__).parents[1] / "benchmarks" / "convert.py", 8
+    subprocess.run([sys.executable, str(script), "make", str(tmp_path / "hf"), str(layers)], check=True)
+    size = sum(p.stat().st_size for p in (tmp_path / "hf").glob("*.safetensors"))
+    command = [sys.executable, "-m", "pi_jax.convert", "--source", str(tmp_path / "hf"), "--target"]
+    process = subprocess.Popen([*command, str(tmp_path / "out"), "--format", form])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    table, stack = 2 * 32000 * 4096, 2 * layers * 11008 * 4096
+    bound = (3 * table if form == "meta" else 2 * stack) + 2**30
+    assert size > bound and usage.ru_maxrss * 1024 < bound, usage.ru_maxrss / 2**20

@@ -166,6 +166,7 @@ def test_a_run_exports_while_it_trains(config, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (exports / "step-6" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_does_not_end_the_run(config, tmp_path, monkeypatch, capsys):
     config = _with(config, train={"steps": 2}, checkpoint={"export_hf_every": 1})
     (tmp_path / "run").mkdir()
