@@ -11,7 +11,7 @@ A folder written here has `hf_config.json` beside it, in Hugging Face's form, wh
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -43,15 +43,13 @@ class MetaOptions:
     """Of a source: tokens that its weights were trained for; 0: by the rules of docs/convert.md."""
     files: int = 1
     """Of a target: how many consolidated.NN.pth it gets, as LLaMA's own code wants one a device."""
-    embedding: str = "auto"
+    embedding: Literal["auto", "rows", "columns"] = "auto"
     """Of a target: split the embedding by 'columns' (LLaMA 1 and 2) or 'rows' (Llama 3); 'auto': by the vocabulary."""
 
     def __post_init__(self):
-        if self.embedding not in ("auto", "rows", "columns"):
-            raise InputError(f"meta.embedding is {self.embedding!r}: it must be 'auto', 'rows' or 'columns'")
         if self.files < 1 or self.window < 0:
             raise InputError(
-                f"meta.files is {self.files} and meta.window {self.window}: they must not be negative or 0"
+                f"meta.files is {self.files} and meta.window {self.window}: they must be positive, or 0 for the window"
             )
 
 
@@ -98,6 +96,13 @@ class Folder:
     def names(self, file: pth.File) -> set[str]:
         """Names of the tensors in a file but for those that hold no weights."""
         return {name for name in file.entries if not name.endswith(weights.META_IGNORED)}
+
+    def joined(self, name: str, split: int | None) -> pth.Joined:
+        """A tensor of all files; an embedding is split by rows where its parts are as wide as a norm."""
+        if name == "tok_embeddings.weight":
+            norm, part = (self.files[0].entries.get(n) for n in ("norm.weight", name))
+            split = 0 if norm and part and norm.shape == part.shape[1:] else 1
+        return pth.Joined(self.files, name, split)
 
     def config(self, window: int = 0) -> ModelConfig:
         """The architecture.
@@ -192,10 +197,8 @@ class Folder:
     def _tied(self) -> bool:
         if not self._has("output.weight"):
             return True
-        table, head = (
-            _Joined(self.files, name, dimension)
-            for name, dimension in (("tok_embeddings.weight", None), ("output.weight", 0))
-        )
+        table = self.joined("tok_embeddings.weight", 1)
+        head = self.joined("output.weight", 0)
         if table.shape != head.shape or table.dtype != head.dtype:
             return False
         for start in range(0, table.shape[0], 1024):  # different tables differ in the first rows already
@@ -209,50 +212,6 @@ _SHARED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "rms_norm_eps tie_word_embeddings"
 ).split()
-
-
-class _Joined:
-    """A tensor whose parts lie in several files.
-
-    Args:
-      files: all of them.
-      name: Meta's.
-      dimension: that the files split; None: not split, but for the embedding, which LLaMA 1 and 2 split by columns and
-        Llama 3 by rows: its parts tell.
-    """
-
-    def __init__(self, files: list[pth.File], name: str, dimension: int | None):
-        self._files, self._name, self.dimension = files, name, dimension
-        entries = [file.entries.get(name) for file in files]
-        for file, entry in zip(files, entries, strict=True):
-            if entry is None:
-                raise InputError(f"{file.path} lacks {name}")
-            if (entry.shape, entry.dtype) != (entries[0].shape, entries[0].dtype):
-                raise InputError(
-                    f"{file.path}: {name} is {entry.dtype}{list(entry.shape)}, but consolidated.00.pth has "
-                    f"{entries[0].dtype}{list(entries[0].shape)}"
-                )
-        self._part = entries[0].shape
-        self.dtype = np.dtype(entries[0].dtype) if entries[0].dtype in ("float32", "float16", "bfloat16") else None
-        stream.require_float(str(files[0].path), name, entries[0].dtype)
-        if dimension is None and name == "tok_embeddings.weight" and len(self._part) == 2:
-            norm = files[0].entries.get("norm.weight")
-            self.dimension = 0 if norm is not None and norm.shape == self._part[1:] else 1
-        self.shape = tuple(n * len(files) if i == self.dimension else n for i, n in enumerate(self._part))
-
-    def read(self, index: weights.Index) -> np.ndarray:
-        """The part within `index`, which has a slice a dimension."""
-        if self.dimension is None:
-            return self._files[0].read(self._name, index[0])[(slice(None), *index[1:])]
-        size = self._part[self.dimension]
-        start, stop, _ = index[self.dimension].indices(self.shape[self.dimension])
-        found = []
-        for number, file in enumerate(self._files):
-            first, last = max(start - number * size, 0), min(stop - number * size, size)
-            if first < last:
-                here = tuple(slice(first, last) if i == self.dimension else part for i, part in enumerate(index))
-                found.append(file.read(self._name, here[0])[(slice(None), *here[1:])])
-        return found[0] if len(found) == 1 else np.concatenate(found, self.dimension)
 
 
 class Reader:
@@ -270,10 +229,7 @@ class Reader:
         for file in folder.files:
             found = folder.names(file) - ({"output.weight"} if config.tie_word_embeddings else set())
             hf.require_names(file.path, wanted, found, PARAMS)
-        self._joined = {
-            t.name: _Joined(folder.files, t.meta_name, None if t.weight.name == "embedding" else t.weight.meta_split)
-            for t in self.order
-        }
+        self._joined = {t.name: folder.joined(t.meta_name, t.weight.meta_split) for t in self.order}
         for tensor in self.order:
             joined = self._joined[tensor.name]
             hf.require_shape(f"{folder.path}: {tensor.meta_name}", joined.shape, tensor.shape, PARAMS)

@@ -21,6 +21,7 @@ import numpy as np
 
 from pi_jax.convert.safetensor import Entry, discard, finish, read_rows
 from pi_jax.convert.stream import require_finite, require_float
+from pi_jax.convert.weights import Index
 from pi_jax.errors import InputError
 
 _OLDEST_TORCH = (2, 10)  # before it, files could corrupt memory (CVE-2026-24747) or run code (CVE-2025-32434)
@@ -89,6 +90,51 @@ def _entry(path: pathlib.Path, name: str, tensor: Any, size: int) -> Entry:
     if not tensor.is_contiguous() or within > tensor.untyped_storage().nbytes() or end > size:
         raise InputError(f"{path}: {name} claims {dtype}{list(shape)}, which the file does not hold row by row")
     return Entry(dtype, shape, offset)
+
+
+class Joined:
+    """A tensor whose parts lie in several files."""
+
+    def __init__(self, files: list[File], name: str, dimension: int | None):
+        """Checks that the parts are of one kind.
+
+        Args:
+          files: all of them.
+          name: of the tensor.
+          dimension: that the files split; None: each holds all of it.
+
+        Raises:
+          InputError: naming the file whose part is missing or different.
+        """
+        self._files, self._name, self._dimension = files, name, dimension
+        first = files[0].entries.get(name)
+        for file in files:
+            entry = file.entries.get(name)
+            if entry is None:
+                raise InputError(f"{file.path} lacks {name}")
+            require_float(str(file.path), name, entry.dtype)
+            if (entry.shape, entry.dtype) != (first.shape, first.dtype):
+                raise InputError(
+                    f"{file.path}: {name} is {entry.dtype}{list(entry.shape)}, but {files[0].path.name} has "
+                    f"{first.dtype}{list(first.shape)}"
+                )
+        self._part = first.shape
+        self.dtype = np.dtype(first.dtype)
+        self.shape = tuple(n * len(files) if i == dimension else n for i, n in enumerate(first.shape))
+
+    def read(self, index: Index) -> np.ndarray:
+        """The part within `index`, which has a slice a dimension."""
+        if self._dimension is None:
+            return self._files[0].read(self._name, index[0])[(slice(None), *index[1:])]
+        size = self._part[self._dimension]
+        start, stop, _ = index[self._dimension].indices(self.shape[self._dimension])
+        found = []
+        for number, file in enumerate(self._files):
+            first, last = max(start - number * size, 0), min(stop - number * size, size)
+            if first < last:
+                here = tuple(slice(first, last) if i == self._dimension else part for i, part in enumerate(index))
+                found.append(file.read(self._name, here[0])[(slice(None), *here[1:])])
+        return found[0] if len(found) == 1 else np.concatenate(found, self._dimension)
 
 
 @dataclasses.dataclass(frozen=True)
