@@ -29,37 +29,33 @@ def load(reader: stream.Reader, config: ModelConfig, compute: ComputeConfig, mes
         place = sharding.named(mesh, axes[name])
         tensors = stacks[name]
         weight = tensors[0].weight
-        lead = int(weight.stacked)
-        # Equal parts (replicas) are read into one buffer.
+        shape = (len(tensors), *weight.shape(config))  # what has no layers is treated as having one
+        one = () if weight.stacked else (slice(None),)
         parts = {
-            device: tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape, strict=True))
+            device: _bounds((*one, *index), shape)
             for device, index in place.addressable_devices_indices_map(leaf.shape).items()
         }
-        buffers = {_key(part): np.empty([s.stop - s.start for s in part], leaf.dtype) for part in parts.values()}
-        rank = len(leaf.shape)
-        box = [
-            slice(min(p[i].start for p in parts.values()), max(p[i].stop for p in parts.values())) for i in range(rank)
-        ]
-        for layer, tensor in list(enumerate(tensors))[box[0]] if lead else [(0, tensors[0])]:
-            whole = reader.read(tensor, weight.hf_index(tuple(box[lead:]), config))
-            whole = whole.reshape([s.stop - s.start for s in box[lead:]])
-            for key, buffer in buffers.items():
-                if lead and not key[0][0] <= layer < key[0][1]:
-                    continue
-                within = tuple(
-                    slice(start - s.start, stop - s.start)
-                    for (start, stop), s in zip(key[lead:], box[lead:], strict=True)
-                )
-                buffer[(layer - key[0][0],) if lead else ...] = whole[within]
-        return jax.make_array_from_single_device_arrays(
-            leaf.shape, place, [jax.device_put(buffers[_key(part)], device) for device, part in parts.items()]
-        )
+        buffers = {
+            part: np.empty([b - a for a, b in part], leaf.dtype) for part in parts.values()
+        }  # replicas share one
+        layers, *box = ((min(p[i][0] for p in buffers), max(p[i][1] for p in buffers)) for i in range(len(shape)))
+        needed = weight.hf_index(tuple(slice(*bounds) for bounds in box), config)
+        for layer in range(*layers):
+            whole = reader.read(tensors[layer], needed).reshape([b - a for a, b in box])
+            for ((first, last), *bounds), buffer in buffers.items():
+                if first <= layer < last:
+                    within = (slice(a - start, b - start) for (a, b), (start, _) in zip(bounds, box, strict=True))
+                    buffer[layer - first] = whole[tuple(within)]
+        shard = place.shard_shape(leaf.shape)
+        pieces = [jax.device_put(buffers[part].reshape(shard), device) for device, part in parts.items()]
+        return jax.make_array_from_single_device_arrays(leaf.shape, place, pieces)
 
     return trees.map_with_name(parameter, template)
 
 
-def _key(part: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((s.start, s.stop) for s in part)
+def _bounds(index: weights.Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """First and last + 1 along each dimension."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 class Reader:
