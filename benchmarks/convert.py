@@ -84,8 +84,8 @@ def forget(folder: pathlib.Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(source: pathlib.Path, command: list[str]) -> tuple[float, float]:
-    """Seconds and peak GiB of a process, its files on the disk."""
+def run(source: pathlib.Path, command: list[str]) -> tuple[float, float, float]:
+    """Seconds, processor seconds and peak GiB of a process, its files on the disk."""
     forget(source)
     start = time.monotonic()
     process = subprocess.Popen(command)
@@ -94,7 +94,7 @@ def run(source: pathlib.Path, command: list[str]) -> tuple[float, float]:
     seconds = time.monotonic() - start
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"error: {' '.join(command)} failed")
-    return seconds, usage.ru_maxrss * 1024 / GIB
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / GIB
 
 
 def main(args: Benchmark) -> None:
@@ -109,11 +109,13 @@ def main(args: Benchmark) -> None:
         rows = []
 
         def measure(name: str, source: str, command: list[str]) -> None:
-            seconds, peak = run(folder / source, command)
+            seconds, busy, peak = run(folder / source, command)
             rows.append(
                 {
                     "what": name,
                     "seconds": round(seconds, 1),
+                    "processor seconds": round(busy, 1),
+                    "load": round(os.getloadavg()[0], 1),
                     "GB/s": round(sum(sizes) / 1e9 / seconds, 3),
                     "peak GiB": round(peak, 2),
                 }
