@@ -196,6 +196,13 @@ class Checkpoints:
                 skipped.append(f"step {number}: {error}")
         raise InputError(f"{self._folder} holds no usable checkpoint ({'; '.join(skipped) or 'none at all'})")
 
+    def load_unchecked(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+        """Arrays by their stored names, as Orbax reads them: for a caller who knows what must come."""
+        try:
+            return self._checkpointer.load(step, wanted)
+        except Exception as error:
+            raise InputError(f"{self._folder} at step {step} cannot be loaded ({_root(error)})") from None
+
     def _stored(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What was saved with a checkpoint, and what is known of its arrays."""
         try:

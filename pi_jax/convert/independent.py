@@ -5,6 +5,7 @@ of our readers takes part. The libraries map files into memory; they are opened 
 that what they have touched does not add up.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import CheckpointConfig, ModelConfig
 from pi_jax.convert import safetensor, stream, weights
 from pi_jax.convert.folders import is_remote, read_json
-from pi_jax.errors import InputError
 
 Read = Callable[[weights.Tensor], np.ndarray]
 _MAPPED_BYTES = 256 << 20
@@ -28,15 +28,25 @@ class _Opened:
     def __init__(self, opener: Callable[[str], Any], share: int = 1):
         self._opener, self._limit = opener, _MAPPED_BYTES // share
         self._path, self._file, self._read = None, None, 0
+        self._done: dict[str, int] = {}
 
     def __call__(self, path: Any) -> Any:
         if str(path) != self._path or self._read > self._limit:
             self._file = None  # the old mapping goes before the new one comes
             self._path, self._file, self._read = str(path), self._opener(str(path)), 0
+            self._read_ahead()
         return self._file
+
+    def _read_ahead(self) -> None:
+        """Tells the system what comes next: of a mapped file it would fetch little at a time."""
+        if hasattr(os, "posix_fadvise"):
+            with open(self._path, "rb") as file:
+                start = self._done.get(self._path, 0)
+                os.posix_fadvise(file.fileno(), start, 2 * self._limit, os.POSIX_FADV_WILLNEED)
 
     def count(self, nbytes: int) -> None:
         self._read += nbytes
+        self._done[self._path] = self._done.get(self._path, 0) + nbytes
 
 
 def hf(folder: epath.Path) -> Read:
@@ -91,7 +101,7 @@ def meta(folder: epath.Path, config: ModelConfig) -> Read:
 
 
 def run(folder: epath.Path, config: ModelConfig, dtypes: stream.Dtypes) -> Read:
-    """By Orbax, an array of stacked layers at a time, with its fingerprints."""
+    """By Orbax, an array of stacked layers at a time."""
     tensors = weights.stacks(config)
     held: dict[str, np.ndarray] = {}
     checkpoints = Checkpoints(folder, CheckpointConfig(), writer=False)
@@ -103,10 +113,8 @@ def run(folder: epath.Path, config: ModelConfig, dtypes: stream.Dtypes) -> Read:
             stacked = (len(tensors[name]),) if tensor.weight.stacked else ()
             place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             shape = jax.ShapeDtypeStruct(stacked + tensor.weight.shape(config), dtypes[tensor.name], sharding=place)
-            restored = checkpoints.restore({name: shape}, prefix="model.")
-            if restored.skipped:
-                raise InputError(restored.skipped[0])
-            held[name] = np.asarray(restored.state[name])
+            stored = f"model.{name}"
+            held[name] = np.asarray(checkpoints.load_unchecked(0, {stored: shape})[stored])
         return (held[name] if tensor.layer is None else held[name][tensor.layer]).reshape(tensor.shape)
 
     return read

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pi_jax.convert.safetensor import Entry, discard, finish, read_rows
+from pi_jax.convert.safetensor import Entry, discard, finish, read_rows, start_storing
 from pi_jax.convert.stream import require_finite, require_float
 from pi_jax.convert.weights import Index
 from pi_jax.errors import InputError
@@ -199,6 +199,7 @@ class Writer:
         info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
         with self._archive.open(info, "w", force_zip64=True) as record:
             record.write(data)
+        start_storing(self._file, len(data))
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Takes the next tensor."""
