@@ -115,7 +115,8 @@ def run(folder: epath.Path, config: ModelConfig, dtypes: stream.Dtypes) -> Read:
             shape = jax.ShapeDtypeStruct(stacked + tensor.weight.shape(config), dtypes[tensor.name], sharding=place)
             stored = f"model.{name}"
             held[name] = np.asarray(checkpoints.load_unchecked(0, {stored: shape})[stored])
-        return (held[name] if tensor.layer is None else held[name][tensor.layer]).reshape(tensor.shape)
+        # A copy, as a view would keep the array while the next one comes.
+        return np.array(held[name] if tensor.layer is None else held[name][tensor.layer]).reshape(tensor.shape)
 
     return read
 
