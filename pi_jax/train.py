@@ -7,6 +7,7 @@ pure function of the config and the step, so a resumed run goes on with the text
 import dataclasses
 import functools
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ import optax
 from pi_jax import __version__, cli, metrics, sharding, testing
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import BUILTIN, Config, ModelConfig, describe, extend, flatten, parse
-from pi_jax.convert import hf
+from pi_jax.convert import card, hf
+from pi_jax.convert.run import EXPORTS as RUN_EXPORTS
 from pi_jax.convert.sources import RUN_CHECKPOINTS, RUN_MODEL, open_model
 from pi_jax.data.pipeline import Pipeline, open_pipeline
 from pi_jax.distributed import require_one_process
@@ -151,6 +153,10 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                     note(metrics.console_line(step, config.train.steps, means, left) + compiling)
                     window_values, since, last_log = [], time.monotonic(), step
                 checkpoints.save(step, state, resumes, last=step == config.train.steps)
+                if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
+                    before = time.monotonic()
+                    _export(output, step, state.model, config.checkpoint.export_dtype)
+                    since += time.monotonic() - before  # no part of the training rate
 
             # ---- Result.
             result = {"steps": config.train.steps, "final": means if first < config.train.steps else None}
@@ -196,8 +202,8 @@ def _model_config(config: Config) -> tuple[ModelConfig, str]:
     """The architecture to train, extended as `rope` says, and the folder with its tokenizer ("": that of the data)."""
     model, files = config.model, ""
     if config.train.init_from:
-        source = open_model(config.train.init_from)
-        files = source.files
+        source = open_model(config.train.init_from, window=_stated_window(model))
+        files = source.tokenizer
         if model is not None:
             for field in dataclasses.fields(ModelConfig):
                 ours, theirs = getattr(model, field.name), getattr(source.config, field.name)
@@ -212,13 +218,18 @@ def _model_config(config: Config) -> tuple[ModelConfig, str]:
     return extend(model, config.rope), files
 
 
+def _stated_window(model: ModelConfig | None) -> int:
+    """The base window as the config states it, for Meta's folders, which do not; 0: it does not say."""
+    return model.max_position_embeddings if model else 0
+
+
 def _check(config: Config, model: ModelConfig, pipeline: Pipeline, files: str, mesh: jax.sharding.Mesh) -> None:
     if pipeline.vocab_size > model.vocab_size:
         raise InputError(
             f"{config.data.sources[0]} was tokenized with {pipeline.vocab_size} tokens, but the model's vocab_size is "
             f"{model.vocab_size}: prepare the text with the model's own tokenizer"
         )
-    if config.train.init_from and _vocab_hash(files) not in (None, pipeline.vocab_hash):
+    if config.train.init_from and files and _vocab_hash(files) not in (None, pipeline.vocab_hash):
         raise InputError(
             f"{config.data.sources[0]} was made with another tokenizer than that of {config.train.init_from}: "
             f"prepare the text with --tokenizer {files}"
@@ -294,7 +305,8 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
         return restored.state
     if config.train.init_from:
         note(f"Reading weights from {config.train.init_from}")
-        source = dataclasses.replace(open_model(config.train.init_from), config=model_config)
+        source = open_model(config.train.init_from, window=_stated_window(config.model))
+        source = dataclasses.replace(source, config=model_config)
         return first_state(source.load(config.compute, mesh), optimizer)
     note("Starting from random weights")
     make = jax.jit(functools.partial(Llama, model_config, config.compute), out_shardings=shardings)
@@ -311,6 +323,19 @@ def _host_rows(batch_size: int) -> slice:
     """The rows of a global batch that this process feeds to its devices."""
     each = batch_size // jax.process_count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def _export(output: pathlib.Path, step: int, model: Llama, dtype: str) -> None:
+    """Writes a Hugging Face folder; one that cannot be written does not end the run."""
+    target = output / RUN_EXPORTS / f"step-{step}"
+    if target.exists():  # made before the run was resumed from an earlier checkpoint
+        shutil.rmtree(target)
+    try:
+        facts = card.facts_of_run(output, step)
+        hf.save(model, str(target), str(output / RUN_MODEL), dtype, facts=facts)
+        note(f"Exported step {step}: {target}")
+    except InputError as error:
+        note(f"Not exported at step {step}: {error}")
 
 
 def _write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, files: str) -> None:

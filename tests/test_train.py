@@ -133,6 +133,48 @@ def test_training_starts_from_a_hugging_face_folder(config, inputs, tmp_path, me
     np.testing.assert_allclose(tuned.embedding[...], model.embedding[...], atol=1e-9)
 
 
+def test_training_starts_from_a_meta_folder_without_a_conversion(config, inputs, tmp_path, mesh):
+    """The first loss is that of the same weights in Hugging Face's form; the window is that of the config."""
+    pytest.importorskip("torch")
+    with jax.set_mesh(mesh):
+        model = Llama(tiny_model_config(), ComputeConfig(), jax.random.key(3))
+        hf.save(model, str(tmp_path / "base"), inputs["tokenizer"])
+    convert(Convert(str(tmp_path / "base"), str(tmp_path / "meta"), "meta", verify=False))
+    for name in ("hf_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "meta" / name).unlink()  # as Meta's own are
+    ours = _with(config, train={"init_from": str(tmp_path / "base"), "output": str(tmp_path / "a"), "steps": 1})
+    theirs = _with(config, train={"init_from": str(tmp_path / "meta"), "output": str(tmp_path / "b"), "steps": 1})
+    theirs = dataclasses.replace(theirs, model=tiny_model_config(bos_token_id=1, eos_token_id=2))
+    train.train(ours, ours)
+    train.train(theirs, theirs)
+    assert _losses(ours) == _losses(theirs)
+    assert json.loads((tmp_path / "b" / "model" / "config.json").read_text())["max_sequence_length"] == 64
+    assert (tmp_path / "b" / "model" / "tokenizer.json").exists()  # that of the data
+
+
+def test_a_run_exports_while_it_trains(config, tmp_path):
+    config = _with(config, checkpoint={"every": 4, "export_hf_every": 2})
+    train.train(config, config)
+    exports = pathlib.Path(config.train.output) / "hf"
+    assert sorted(p.name for p in exports.iterdir()) == ["step-2", "step-4", "step-6"]
+    last = json.loads((exports / "step-6" / "config.json").read_text())
+    assert last["torch_dtype"] == "bfloat16" and last["rope_scaling"]["factor"] == 2.0
+    assert "6 steps of 8 rows" in (exports / "step-6" / "README.md").read_text()
+    assert "vllm serve MODEL --max-model-len 128" in (exports / "step-6" / "README.md").read_text()
+    convert(Convert(config.train.output, str(tmp_path / "out"), dtype="bfloat16"))
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (exports / "step-6" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_an_export_that_fails_does_not_end_the_run(config, tmp_path, monkeypatch, capsys):
+    config = _with(config, train={"steps": 2}, checkpoint={"export_hf_every": 1})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "hf").write_text("in the way")
+    train.train(config, config)
+    assert "Not exported at step 1" in capsys.readouterr().out and len(_losses(config)) == 2
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

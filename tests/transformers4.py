@@ -1,6 +1,6 @@
 """What pi_jax exports, read by transformers 4, in an environment of its own (`make test-transformers4`).
 
-    python tests/transformers4.py write FOLDER     with pi_jax: a tiny model for each kind of RoPE, and what it computes
+    python tests/transformers4.py write FOLDER     with pi_jax: tiny models, each kind of RoPE, and what they compute
     python tests/transformers4.py check FOLDER     with transformers 4 and torch: the same from the same folder
 
 Compared are inverse frequencies (to a relative 1e-6; equal bits are counted), attention factor and logits (to 1e-4).
@@ -9,6 +9,7 @@ Not a pytest module: the second half runs where pi_jax is not installed.
 """
 
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -24,6 +25,7 @@ def write(folder: pathlib.Path) -> None:
     from pi_jax import rope, sharding
     from pi_jax.config import ComputeConfig, MeshConfig
     from pi_jax.convert import hf
+    from pi_jax.convert.__main__ import Convert, convert
     from pi_jax.model import Llama
     from pi_jax.testing import tiny_model_config
 
@@ -38,16 +40,29 @@ def write(folder: pathlib.Path) -> None:
         "llama3": rope.Llama3(**long, low_freq_factor=1.0, high_freq_factor=4.0),
         "longrope": rope.LongRope(**long, **lists),
     }
+    shapes = {name: {} for name in kinds}
+    # Other shapes of models and folders, all scaled; the last goes through Meta's form.
+    for name, shape in {"tied": {"tie_word_embeddings": True}, "MHA": {"num_key_value_heads": 4}}.items():
+        kinds[name], shapes[name] = rope.Linear(factor=4.0), shape
+    for name in ("shards", "meta"):
+        kinds[name], shapes[name] = rope.Linear(factor=4.0), {}
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     for name, scaling in kinds.items():
         window = 64 if name == "default" else 256
-        config = tiny_model_config(
-            scaling, max_position_embeddings=window, original_max_position_embeddings=64 if window > 64 else None
-        )
+        original = 64 if window > 64 else None
+        sizes = {"max_position_embeddings": window, "original_max_position_embeddings": original}
+        config = tiny_model_config(scaling, **sizes, **shapes[name])
         with jax.set_mesh(mesh):
             model = Llama(config, ComputeConfig(dtype="float32"), jax.random.key(0))
             model = jax.tree.map(lambda x: x if x.ndim < 3 else 10 * x, model)  # so that attention matters
-            hf.save(model, str(folder / name), None)
+            if name == "meta":
+                hf.save(model, str(folder / "original"), None)
+                convert(Convert(str(folder / "original"), str(folder / "consolidated"), "meta"))
+                convert(Convert(str(folder / "consolidated"), str(folder / name), "hf"))
+                shutil.rmtree(folder / "original")
+                shutil.rmtree(folder / "consolidated")
+            else:
+                hf.save(model, str(folder / name), None, shard_bytes=100_000 if name == "shards" else hf.SHARD_BYTES)
             logits = {}
             for length in LENGTHS:
                 tokens = np.random.default_rng(length).integers(0, 256, (1, length)).astype(np.int32)

@@ -4,35 +4,30 @@ Reading is driven by the config: it says which names and shapes must be there, a
 are read tensor by tensor, each host only its own slices. Nothing is ever unpickled, no code of a folder is run.
 """
 
-import contextlib
-import itertools
-import json
-import math
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
-import safetensors
-import safetensors.numpy
+from etils import epath
 
-from pi_jax import rope, sharding, trees
+from pi_jax import rope
 from pi_jax.config import ComputeConfig, ModelConfig
-from pi_jax.convert import weights
+from pi_jax.convert import arrays, card, independent, safetensor, stream, weights
+from pi_jax.convert.folders import (  # noqa: F401  (the names that the rest of the package uses)
+    GENERATION_FILE,
+    TOKENIZER_FILES,
+    copy_files,
+    new_folder,
+    read_json,
+    require_absent,
+    write_json,
+)
 from pi_jax.errors import InputError
-from pi_jax.model import Llama, abstract, parameter_axes
+from pi_jax.model import Llama
 
 SHARD_BYTES = 5 * 10**9
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.jinja chat_template.json"
-).split()
-GENERATION_FILE = "generation_config.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 # What we do not compute: the value that is harmless, for each key that would change the result otherwise.
 _UNSUPPORTED = {
@@ -43,34 +38,20 @@ _UNSUPPORTED = {
     "partial_rotary_factor": 1.0,
     "hidden_act": "silu",
     "num_local_experts": None,
+    "num_experts": None,
+    "auto_map": None,
 }
 _MODEL_TYPES = ("llama", "mistral")
+_THETA_SINCE = (4, 33)  # the version of transformers that began to write rope_theta
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      InputError: if the file is missing or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}: it must be a JSON object")
-    return value
-
-
-def read_config(folder: str) -> ModelConfig:
+def read_config(folder: str, name: str = "config.json") -> ModelConfig:
     """The architecture of a Hugging Face folder, from `config.json` of transformers 4 or 5.
 
     Raises:
       InputError: for a missing key, or a model that needs something not implemented here, naming key and value.
     """
-    path = pathlib.Path(folder) / "config.json"
+    path = epath.Path(folder) / name
     config = read_json(path)
     if config.get("model_type") not in _MODEL_TYPES:
         known = " or ".join(_MODEL_TYPES)
@@ -81,6 +62,7 @@ def read_config(folder: str) -> ModelConfig:
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing")
+    _require_theta(path, config)
     heads = config["num_attention_heads"]
     try:
         scaling = rope.from_hf(config)
@@ -101,6 +83,20 @@ def read_config(folder: str) -> ModelConfig:
         raise InputError(f"{path}: {error}") from None
     except TypeError as error:
         raise InputError(f"{path} has a value of the wrong type: {error}") from None
+
+
+def _require_theta(path: epath.Path, config: dict[str, Any]) -> None:
+    """Files older than the key mean 10000; in newer ones its absence is a loss, and the model would read as noise."""
+    places = (config, config.get("rope_parameters"), config.get("rope_scaling"))
+    if any(isinstance(place, dict) and place.get("rope_theta") is not None for place in places):
+        return
+    version = str(config.get("transformers_version", "")).split(".")[:2]
+    if len(version) == 2 and all(v.isdigit() for v in version) and tuple(map(int, version)) < _THETA_SINCE:
+        return
+    raise InputError(
+        f"{path} has no rope_theta, which every writer since transformers 4.33 states: add the one that the model was "
+        'trained with ("rope_theta": 10000.0 for LLaMA 1 and 2)'
+    )
 
 
 def _first(token: int | list[int] | None) -> int | None:
@@ -139,38 +135,46 @@ def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-class Tensors:
+class Reader:
     """The tensors of a folder, read lazily and only if the config asks for exactly these."""
 
-    def __init__(self, folder: str, shapes: dict[str, tuple[int, ...]]):
-        self._folder = pathlib.Path(folder)
-        self._files = self._index()
-        self._open: dict[pathlib.Path, Any] = {}
-        ignored = {name for name in self._files if name.endswith(weights.HF_IGNORED)}
-        if "lm_head.weight" not in shapes:
-            ignored.add("lm_head.weight")  # some exporters write a tied head all the same
-        missing, extra = set(shapes) - set(self._files), set(self._files) - set(shapes) - ignored
-        if missing or extra:
-            what = f"lacks {_some(missing)}" if missing else f"holds {_some(extra)}, which config.json does not ask for"
-            raise InputError(f"{folder} {what}")
-        for name, shape in shapes.items():
-            found = tuple(self._slice(name).get_shape())
-            if found != shape:
-                raise InputError(f"{self._files[name]}: {name} has shape {found}, but config.json asks for {shape}")
+    def __init__(self, folder: str, config: ModelConfig):
+        """Opens the files and checks names, shapes and dtypes.
 
-    def _index(self) -> dict[str, pathlib.Path]:
-        index, single = self._folder / "model.safetensors.index.json", self._folder / "model.safetensors"
+        Raises:
+          InputError: for a missing, unexpected or broken tensor or file.
+        """
+        self._folder = epath.Path(folder)
+        self._open: dict[epath.Path, safetensor.File] = {}
+        self._files = self._index()
+        self.order = weights.tensors(config)
+        wanted = {tensor.name: tensor for tensor in self.order}
+        ignored = {name for name in self._files if name.endswith(weights.HF_IGNORED)}
+        if config.tie_word_embeddings:
+            ignored.add("lm_head.weight")  # some exporters write a tied head all the same
+        require_names(folder, set(wanted), set(self._files) - ignored, "config.json")
+        self.dtypes: stream.Dtypes = {}
+        for name, tensor in wanted.items():
+            file = self._file(name)
+            if name not in file.entries:
+                raise InputError(f"{file.path} lacks {name}, which {_INDEX} says it holds")
+            require_shape(f"{file.path}: {name}", file.entries[name].shape, tensor.shape, "config.json")
+            stream.require_float(str(file.path), name, file.entries[name].dtype)
+            self.dtypes[name] = np.dtype(file.entries[name].dtype)
+
+    def _index(self) -> dict[str, epath.Path]:
+        index, single = self._folder / _INDEX, self._folder / _SINGLE
         if index.exists():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names:
                 raise InputError(f"{index} has no weight_map")
             return {tensor: self._shard(index, file) for tensor, file in names.items()}
         if single.exists():
-            with self._safe_open(single) as file:
-                return dict.fromkeys(file.keys(), single)
-        raise InputError(f"{self._folder} has neither model.safetensors nor model.safetensors.index.json")
+            self._open[single] = safetensor.File(single)
+            return dict.fromkeys(self._open[single].entries, single)
+        raise InputError(f"{self._folder} has neither {_SINGLE} nor {_INDEX}")
 
-    def _shard(self, index: pathlib.Path, file: Any) -> pathlib.Path:
+    def _shard(self, index: epath.Path, file: Any) -> epath.Path:
         # A name with a path in it could point anywhere on the disk.
         if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
             raise InputError(f"{index}: {file!r} is not the plain name of a .safetensors file")
@@ -178,34 +182,35 @@ class Tensors:
             raise InputError(f"{index} names {file}, which is not there")
         return self._folder / file
 
-    @staticmethod
-    def _safe_open(path: pathlib.Path):
-        try:
-            return safetensors.safe_open(path, framework="np")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path} is no whole safetensors file: {error}") from None
-
-    def _slice(self, name: str):
+    def _file(self, name: str) -> safetensor.File:
         path = self._files[name]
         if path not in self._open:
-            self._open[path] = self._safe_open(path)
-        try:
-            return self._open[path].get_slice(name)
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path}: {name} cannot be read: {error}") from None
+            self._open[path] = safetensor.File(path)
+        return self._open[path]
 
-    def read(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
-        """A tensor, or the part of it within `index`.
+    def read(self, tensor: weights.Tensor, index: weights.Index = (...,)) -> np.ndarray:
+        """See `stream.Reader`."""
+        return self._file(tensor.name).read(tensor.name, index)
 
-        Raises:
-          InputError: if it is not of a floating dtype or holds values that are not finite.
-        """
-        array = self._slice(name)[index]
-        if array.dtype.name not in ("float32", "float16", "bfloat16"):
-            raise InputError(f"{self._files[name]}: {name} is {array.dtype.name}: weights must be floating point")
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise InputError(f"{self._files[name]}: {name} holds values that are not finite")
-        return array
+
+def require_names(folder: Any, wanted: set[str], found: set[str], asker: str) -> None:
+    """Checks that the tensors there are just those that a config asks for."""
+    missing, extra = wanted - found, found - wanted
+    if missing or extra:
+        what = f"lacks {_some(missing)}" if missing else f"holds {_some(extra)}, which {asker} does not ask for"
+        raise InputError(f"{folder} {what}")
+
+
+def require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...], asker: str) -> None:
+    """Checks the shape of a tensor."""
+    if found != wanted:
+        raise InputError(f"{what} has shape {found}, but {asker} asks for {wanted}")
+
+
+def require_same(folder: str, found: ModelConfig, wanted: ModelConfig) -> None:
+    """Checks that a written folder's config reads back as what was meant."""
+    if found != wanted:
+        raise InputError(f"{folder}: the config read back as {found}, not {wanted}")
 
 
 def _some(names: set[str]) -> str:
@@ -222,28 +227,17 @@ def load(folder: str, config: ModelConfig, compute: ComputeConfig, mesh: jax.sha
       compute: `param_dtype` is the dtype that the parameters get.
       mesh: where they go.
     """
-    template = abstract(config, compute)
-    tensors = Tensors(folder, weights.hf_shapes(template))
-    axes = parameter_axes(template)
-
-    def read(name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-        hf_name = weights.HF_NAMES[name]
-        if not name.startswith("layers."):
-            return tensors.read(hf_name, weights.hf_index(name, index, shape)).astype(compute.param_dtype)
-        part = weights.hf_index(name, index[1:], shape[1:])
-        sizes = [len(range(*s.indices(size))) for s, size in zip(index[1:], shape[1:], strict=True)]
-        layers = [tensors.read(hf_name.format(i), part) for i in range(*index[0].indices(shape[0]))]
-        return np.stack([x.reshape(sizes) for x in layers]).astype(compute.param_dtype)
-
-    return trees.map_with_name(
-        lambda name, leaf: jax.make_array_from_callback(
-            leaf.shape, sharding.named(mesh, axes[name]), lambda index: read(name, index, leaf.shape)
-        ),
-        template,
-    )
+    return arrays.load(Reader(folder, config), config, compute, mesh)
 
 
-def save(model: Llama, target: str, extras: str | None, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    model: Llama,
+    target: str,
+    extras: str | None,
+    dtype: str = "same",
+    shard_bytes: int = SHARD_BYTES,
+    facts: card.Facts = card.Facts(),
+) -> None:
     """Writes a model as a folder that transformers, vLLM, SGLang and llama.cpp read, reads it back and compares.
 
     The folder appears under its name only when it is whole and has been compared.
@@ -252,108 +246,39 @@ def save(model: Llama, target: str, extras: str | None, dtype: str = "float32", 
       model: with all its parameters reachable from this process.
       target: the folder; must not exist.
       extras: folder to take tokenizer files and `generation_config.json` from, or None.
-      dtype: of the written weights: "float32", "bfloat16" or "float16".
+      dtype: of the written weights: "float32", "bfloat16", "float16", or "same" as the model's.
       shard_bytes: largest safetensors file; a single larger tensor gets its own.
+      facts: for the model card.
 
     Raises:
       InputError: if the target exists or cannot be written, or what was read back differs.
     """
+    reader = stream.Cast(arrays.Reader(model), dtype)
     with new_folder(target) as folder:
-        _write_weights(model, folder, dtype, shard_bytes)
-        (folder / "config.json").write_text(json.dumps(config_dict(model.config, dtype), indent=2) + "\n")
-        if extras:
-            copy_files(extras, folder, model.config.max_position_embeddings)
-        if not (folder / GENERATION_FILE).exists():
-            generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-            (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
-        _verify(model, folder, dtype)
+        write(reader, model.config, folder, shard_bytes, facts, extras, quiet=True)
 
 
-def require_absent(target: str) -> pathlib.Path:
-    """The path of a folder that is to be made, which must not exist yet."""
-    path = pathlib.Path(target)
-    if path.exists():
-        raise InputError(f"{target} already exists: remove it or choose another name")
-    return path
-
-
-@contextlib.contextmanager
-def new_folder(target: str):
-    """A temporary folder beside `target` that becomes it if the body succeeds and vanishes if not."""
-    path = require_absent(target)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise InputError(f"{target} cannot be made: {error.strerror}") from None
-    try:
-        os.chmod(temporary, 0o755)
-        yield temporary
-        os.rename(temporary, path)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def copy_files(source: str, target: pathlib.Path, window: int | None = None) -> None:
-    """Copies tokenizer and generation settings byte for byte, but for `model_max_length`, which becomes `window`."""
-    for name in (*TOKENIZER_FILES, GENERATION_FILE):
-        file = pathlib.Path(source) / name
-        if not file.is_file():
-            continue
-        if name == "tokenizer_config.json" and window:
-            config = read_json(file) | {"model_max_length": window}
-            (target / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        else:
-            shutil.copyfile(file, target / name)
-
-
-def _hf_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
-    for name, leaf in trees.by_name(model).items():
-        array = np.asarray(leaf)
-        if name.startswith("layers."):
-            for i, layer in enumerate(array):
-                yield weights.HF_NAMES[name].format(i), layer.reshape(weights.hf_shape(name, layer.shape))
-        else:
-            yield weights.HF_NAMES[name], array
-
-
-def _write_weights(model: Llama, folder: pathlib.Path, dtype: str, shard_bytes: int) -> None:
-    shapes = weights.hf_shapes(model)
-    itemsize = np.dtype(dtype).itemsize
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():  # the order in which the tensors come
-        nbytes = math.prod(shape) * itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    count = len(shards)
-    files = [
-        f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
-    ]
-    tensors = _hf_tensors(model)
-    for file, names in zip(files, shards, strict=True):
-        arrays = {
-            name: np.ascontiguousarray(array.astype(dtype)) for name, array in itertools.islice(tensors, len(names))
-        }
-        assert list(arrays) == names
-        safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # the library makes files that only their owner reads
-    if count > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * itemsize
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _verify(model: Llama, folder: pathlib.Path, dtype: str) -> None:
-    if read_config(str(folder)) != model.config:
-        raise InputError(f"{folder}: config.json read back as {read_config(str(folder))}, not {model.config}")
-    tensors = Tensors(str(folder), weights.hf_shapes(model))
-    for name, array in _hf_tensors(model):
-        if not np.array_equal(tensors.read(name), array.astype(dtype)):
-            raise InputError(f"{folder}: {name} read back differs from what was written")
+def write(
+    reader: stream.Reader,
+    config: ModelConfig,
+    folder: epath.Path,
+    shard_bytes: int,
+    facts: card.Facts,
+    extras: str | None,
+    verify: bool = True,
+    quiet: bool = False,
+) -> None:
+    """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `save`."""
+    dtypes = reader.dtypes
+    digests = stream.copy(reader, safetensor.Writer(folder, reader.order, dtypes, shard_bytes), verify, quiet)
+    write_json(folder / "config.json", config_dict(config, stream.main_dtype(dtypes)))
+    if extras:
+        copy_files(extras, folder, config.max_position_embeddings)
+    if not (folder / GENERATION_FILE).exists():
+        generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        write_json(folder / GENERATION_FILE, generation)
+    (folder / "README.md").write_text(card.text(config, stream.main_dtype(dtypes), facts), encoding="utf-8")
+    if verify:
+        require_same(str(folder), read_config(str(folder)), config)
+        Reader(str(folder), config)  # names and shapes
+        stream.verify(str(folder), digests, reader.order, dtypes, independent.hf(folder), quiet)

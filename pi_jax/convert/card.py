@@ -1,0 +1,123 @@
+"""The model card: what was done to the model, what came out, and how to serve it at its new length."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from pi_jax.config import ModelConfig
+from pi_jax.convert.folders import read_json
+from pi_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a config does not say of a model; empty where it is not known."""
+
+    base: str = ""
+    steps: int = 0
+    window: int = 0
+    """Trained rows, in tokens."""
+    batch: int = 0
+    """Rows a step."""
+    pose: bool = False
+    """Whether the positions of short rows were spread over the window."""
+    learning_rate: float = 0.0
+    data: tuple[str, ...] = ()
+    perplexity: tuple[dict[str, Any], ...] = ()
+    """Rows as `evaluate perplexity` gives them."""
+
+
+def facts_of_run(folder: Any, step: int) -> Facts:
+    """From what a run left: config.json and, where it is finished, result.json."""
+    try:
+        config = read_json(pathlib.Path(folder) / "config.json")["config"]
+    except (InputError, KeyError):
+        return Facts()  # a converted checkpoint, not a run
+    result = pathlib.Path(folder) / "result.json"
+    done = read_json(result) if result.is_file() else {}
+    return Facts(
+        base=pathlib.PurePath(str(config.get("train.init_from") or "")).name,
+        steps=step,
+        window=config.get("data.pose_window") or config.get("data.window", 0),
+        batch=config.get("data.batch_size", 0),
+        pose=bool(config.get("data.pose_window")),
+        learning_rate=config.get("optimizer.learning_rate", 0.0),
+        data=tuple(pathlib.PurePath(str(source)).name for source in config.get("data.sources", ())),
+        perplexity=tuple(done.get("perplexity", ())) if done.get("steps") == step else (),
+    )
+
+
+def text(config: ModelConfig, dtype: str, facts: Facts) -> str:
+    """The README.md of an exported folder."""
+    window, original = config.max_position_embeddings, config.original_window
+    rows = [
+        ("base model", facts.base),
+        ("method", _method(config)),
+        ("window", f"{window:,} tokens" + (f" (originally {original:,})" if original != window else "")),
+        ("parameters", f"{config.num_parameters():,}, {dtype}"),
+        ("fine-tuning", _tuning(facts)),
+        ("data", ", ".join(facts.data)),
+    ]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [
+        "tags:",
+        "- llama",
+        "- long-context",
+        "- pi_jax",
+        "---",
+        "",
+        f"# {facts.base or 'Model'}, {window:,} tokens",
+        "",
+    ]
+    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows if value), ""]
+    if facts.perplexity:
+        lines += [
+            "## Measured",
+            "",
+            "Perplexity on held-out text, a token predicted from at least window - stride tokens:",
+            "",
+        ]
+        lines += ["| window | stride | tokens | perplexity |", "| ---: | ---: | ---: | ---: |"]
+        lines += [
+            f"| {row['window']:,} | {row.get('stride', '')} | {row.get('tokens', 0):,} | {row['perplexity']:.2f} |"
+            for row in facts.perplexity
+        ]
+        lines += [""]
+    return "\n".join([*lines, *_serving(config), ""])
+
+
+def _method(config: ModelConfig) -> str:
+    scaling = config.rope
+    theta = f"theta {scaling.theta:g}"
+    if scaling.kind == "default":
+        return f"RoPE as trained, {theta}"
+    name = {"linear": "Position Interpolation (linear)"}.get(scaling.kind, scaling.kind)
+    return f"{name}, factor {scaling.factor:g}, {theta}"
+
+
+def _tuning(facts: Facts) -> str:
+    if not facts.steps:
+        return ""
+    tokens = f"{facts.steps:,} steps of {facts.batch} rows, learning rate {facts.learning_rate:g}"
+    reach = f"{'positions spread over (PoSE)' if facts.pose else 'rows of'} {facts.window:,} tokens"
+    return f"{tokens}; {reach}"
+
+
+def _serving(config: ModelConfig) -> list[str]:
+    window = config.max_position_embeddings
+    return [
+        "## Serving at the full window",
+        "",
+        "Run these beside this folder, with its name for `MODEL`. `config.json` holds the scaling; the flags state the "
+        "length, which the servers would otherwise guess.",
+        "",
+        "    # transformers 4 or 5",
+        '    model = transformers.AutoModelForCausalLM.from_pretrained("MODEL")',
+        "",
+        f"    vllm serve MODEL --max-model-len {window}",
+        "",
+        f"    python -m sglang.launch_server --model-path MODEL --context-length {window}",
+        "",
+        "    python convert_hf_to_gguf.py MODEL --outfile MODEL.gguf      # of llama.cpp",
+        f"    llama-server --model MODEL.gguf --ctx-size {window}",
+    ]
