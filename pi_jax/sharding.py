@@ -127,6 +127,11 @@ def gather_sequence(x_BS):
     return jax.reshard(x_BS, GATHERED.spec(("batch",) + (None,) * (x_BS.ndim - 1))) if _in_mesh() else x_BS
 
 
+def on_every_device(tree):
+    """Arrays made whole on every device, so that every process can read them."""
+    return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), tree) if _in_mesh() else tree
+
+
 def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
     """Calls `attention(q, k, v, segment_ids=, q_positions=)` on each device's own rows, heads and queries.
 
