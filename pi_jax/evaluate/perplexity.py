@@ -102,6 +102,15 @@ def default_edges(longest: int) -> list[int]:
     return [2**i for i in range(8, max(9, longest.bit_length()))]
 
 
+def require_vocabulary(tokenizer: Any, folder: str, vocab_size: int) -> None:
+    """Checks that the model has an embedding for each of the tokenizer's tokens."""
+    if len(tokenizer.get_vocab()) > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
+            f"{vocab_size}: they do not belong together"
+        )
+
+
 def read_tokens(
     data: Sequence[str], tokenizer_dir: str, vocab_size: int, max_tokens: int | None, text_field: str = "text"
 ) -> tuple[list[str], list[np.ndarray]]:
@@ -113,11 +122,7 @@ def read_tokens(
     from pi_jax.data import documents, prepare
 
     tokenizer = prepare.load_tokenizer(tokenizer_dir)
-    if len(tokenizer.get_vocab()) > vocab_size:
-        raise InputError(
-            f"{tokenizer_dir}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
-            f"{vocab_size}: they do not belong together"
-        )
+    require_vocabulary(tokenizer, tokenizer_dir, vocab_size)
     found = list(documents.read_documents(data, text_field))
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
