@@ -253,7 +253,7 @@ class Harness:
     model: str
     """Hugging Face folder, or the folder of a pi_jax run."""
     tasks: tuple[str, ...]
-    """Names that lm-evaluation-harness knows, task files (.yaml), or 'table5': BoolQ, PIQA, RACE-M and -H, WinoGrande."""
+    """Names of lm-evaluation-harness, task files (.yaml), or 'table5': BoolQ, PIQA, RACE-M, RACE-H, WinoGrande"""
     include: str = ""
     """Folder with more task files."""
     num_fewshot: int | None = None
