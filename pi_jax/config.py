@@ -168,6 +168,8 @@ class DataConfig:
     """Stop attention between the documents of a row."""
     reset_positions: bool = False
     """Count RoPE positions from 0 in each document. With short documents no long distance is ever trained."""
+    mask_prompts: bool = False
+    """Give weight 0 to the prompt of each document (`prepare --prompt-field`): the loss is on what follows it only."""
     pose_window: int = 0
     """Train for a window of this many tokens on rows of only `window` (PoSE): a jump at a random place of each row lets
     its positions reach that far. 0: off."""

@@ -48,13 +48,14 @@ def lines(
     """
     with plt.rc_context(_SETTINGS):
         figure, axes = plt.subplots(figsize=(9.6, 4.4), layout="constrained")
+        axes.set_axisbelow(True)
         models = list(dict.fromkeys(model for model, *_ in data))
         seen = collections.Counter()
         for model, which, x, y in data:
             style = {"color": f"C{models.index(model) % 10}", "linestyle": _STYLES[seen[model] % len(_STYLES)]}
             style["label"] = f"{model}, {which}" if which else model
             seen[model] += 1
-            if len(y) < len(x):
+            if len(y) < len(x):  # values between edges
                 axes.stairs(np.array(y, float), x, baseline=None, linewidth=1.8, **style)
             else:
                 axes.plot(x, y, marker="o", markersize=4, linewidth=1.8, **style)
