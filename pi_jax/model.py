@@ -101,15 +101,18 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config, compute)
         self.mlp = MLP(config, compute, mlp_key)
 
-    def __call__(self, x_BSD, cos_sin_BSR, segment_ids_BS):
+    def __call__(self, x_BSD, cos_sin_BSR, segment_ids_BS=None, attend=None):
         with jax.named_scope("attention"):
-            x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin_BSR, segment_ids_BS)
+            x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin_BSR, segment_ids_BS, attend)
         with jax.named_scope("mlp"):
             return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions.
+
+    `attend(q_BSNH, k_BSKH, v_BSKH)`, where given, takes the place of attention within the row: a KV cache does.
+    """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
         keys = jax.random.split(key, 4)
@@ -121,7 +124,7 @@ class Attention(nnx.Module):
         self.v = _weight(keys[2], (K, H, D), ("kv_heads", "head", "embed"), compute.param_dtype)
         self.o = _weight(keys[3], (D, N, H), ("embed", "heads", "head"), compute.param_dtype)
 
-    def __call__(self, x_BSD, cos_sin_BSR, segment_ids_BS):
+    def __call__(self, x_BSD, cos_sin_BSR, segment_ids_BS=None, attend=None):
         dtype = self.compute.dtype
         with jax.named_scope("qkv"):
             q_BSNH, k_BSKH, v_BSKH = (
@@ -131,8 +134,10 @@ class Attention(nnx.Module):
         with jax.named_scope("rope"):
             q_BSNH, k_BSKH = (rope.apply_phases(x, *cos_sin_BSR) for x in (q_BSNH, k_BSKH))
 
-        backend = functools.partial(attention, implementation=self.compute.attention)
-        out_BSNH = sharding.attend(backend, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS)
+        if attend is None:
+            backend = functools.partial(attention, implementation=self.compute.attention)
+            attend = functools.partial(sharding.attend, backend, segment_ids_BS=segment_ids_BS)
+        out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH)
         with jax.named_scope("out"):
             return sharding.einsum("BSNH,DNH->BSD", out_BSNH, _use(self.o, dtype), axes=("batch", "sequence", None))
 

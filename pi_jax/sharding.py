@@ -78,6 +78,19 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Explicit,) * 4, devices=devices)
 
 
+def for_generation(mesh: Mesh) -> Mesh:
+    """The same devices with those of the context axis given to rows: one new token has no sequence to split."""
+    sizes = dict(mesh.shape) | {"context": 1, "data": mesh.shape["data"] * mesh.shape["context"]}
+    # data, fsdp, context, tensor -> data, context, fsdp, tensor: parameters stay where they are.
+    devices = mesh.devices.transpose(0, 2, 1, 3).reshape(tuple(sizes.values()))
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES.batch)
+
+
 def require_divisible(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
     """Checks that dimensions divide over the mesh; `sizes` maps a field's name to (its size, logical axis).
 
@@ -155,6 +168,13 @@ def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
     return jax.shard_map(local, out_specs=out_specs, check_vma=False)(q_BSNH, k_BSKH, v_BSKH, *segments)
 
 
+def on_rows_and_heads(function, *arrays, out: tuple[LogicalAxes, ...]):
+    """Calls `function(*arrays)` on each device's own rows and heads; `out` names the axes of its results."""
+    if not _in_mesh():
+        return function(*arrays)
+    return jax.shard_map(function, out_specs=tuple(GATHERED.spec(axes) for axes in out), check_vma=False)(*arrays)
+
+
 def on_token_shards(function, hidden, weight, *arrays, summed: bool):
     """Calls `function(hidden, weight, *arrays)` on each device's own tokens, with the whole weight.
 
@@ -179,7 +199,12 @@ def _names(part) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part)
 
 
+def put_tree(mesh: Mesh, tree, axes: dict[str, LogicalAxes]):
+    """Parameters on (another arrangement of) a mesh, by the logical axes of their names."""
+    return jax.device_put(tree, shard_tree(mesh, tree, axes))
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A host's rows of a global batch, [B, S] each, as global arrays split over batch and sequence."""
-    sharding = named(mesh, ("batch", "sequence"))
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    """A host's rows of a global batch, [B, S] or [B] each, as global arrays split over batch and sequence."""
+    axes = ("batch", "sequence")
+    return {k: jax.make_array_from_process_local_data(named(mesh, axes[: v.ndim]), v) for k, v in batch.items()}
