@@ -3,7 +3,7 @@
     python tests/transformers_perplexity.py --model DIR --data FILE ... --window 512 --stride 256 --max-tokens 4096
 
 Straight from Hugging Face's documentation of perplexity and YaRN's evaluator; nothing of pi_jax is imported. Prints
-JSON: token-weighted perplexity, YaRN's mean over windows, the number of tokens and the seconds that each later window took.
+JSON: token-weighted perplexity, YaRN's mean over windows, the number of tokens and the seconds of each later window.
 """
 
 import argparse

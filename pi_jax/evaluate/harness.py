@@ -28,6 +28,7 @@ from pi_jax import cli, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.errors import InputError
 from pi_jax.evaluate.scoring import rows_at_a_time, score_rows
+from pi_jax.generate import Generator
 from pi_jax.metrics import note
 from pi_jax.model import Llama
 
@@ -57,7 +58,7 @@ class HarnessModel(TemplateLM):
         self.max_length, self._batch_tokens = max_length, batch_tokens
         self.truncated = 0
         """Requests that did not fit."""
-        self._generator = None
+        self._generator: Generator | None = None
         # Few lengths, each compiled once: powers of two and the middle between them.
         steps = itertools.chain.from_iterable((2**i, 3 * 2 ** (i - 1)) for i in range(5, 40))
         self._lengths = [*itertools.takewhile(lambda n: n < max_length + 1, steps), max_length + 1]
@@ -168,8 +169,6 @@ class HarnessModel(TemplateLM):
 
     def _generate(self, prompts: list[list[int]], kwargs: dict[str, Any]) -> list[str]:
         until = handle_stop_sequences(kwargs["until"], eos=self.tokenizer.decode(self.eot_token_id))
-        from pi_jax.generate import Generator  # TODO top
-
         if self._generator is None:
             self._generator = Generator(self._model, self._mesh, max_length=self.max_length)
         found: list[list[int]] = [[] for _ in prompts]
@@ -177,7 +176,7 @@ class HarnessModel(TemplateLM):
 
         def on_token(row: int, token: int) -> None:
             found[row].append(token)
-            if row in going and any(stop in self.tokenizer.decode(found[row]) for stop in until):
+            if row in going and any(stop in self._text(found[row]) for stop in until):
                 going.remove(row)
                 if not going:
                     raise _AllStopped
@@ -191,7 +190,10 @@ class HarnessModel(TemplateLM):
                 top_p=kwargs.get("top_p", 1.0),
                 on_token=on_token,
             )
-        return [postprocess_generated_text(self.tokenizer.decode(t), until, None) for t in found]
+        return [postprocess_generated_text(self._text(tokens), until, None) for tokens in found]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _bar(self, total: int, what: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=what, disable=disable or jax.process_index() > 0)
@@ -314,6 +316,7 @@ def harness(args: Harness) -> dict[str, Any]:
                 limit=args.limit,
                 apply_chat_template=args.chat_template,
                 log_samples=bool(args.samples),
+                bootstrap_iters=1000,
             )
         except (FileNotFoundError, ConnectionError) as error:  # of the data set, by a name or on the hub
             raise InputError(f"the data of {', '.join(names)} cannot be had: {f'{error}'.splitlines()[0]}") from None

@@ -30,9 +30,9 @@ metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher
 """,
     "free": """
 output_type: generate_until
-doc_to_text: "{{question}}"
+doc_to_text: "x{{question}}"
 doc_to_target: "{{options[0]}}"
-generation_kwargs: {until: ["STOPS"], max_gen_toks: 24, do_sample: false}
+generation_kwargs: {until: ["STOPS"], max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
 }
