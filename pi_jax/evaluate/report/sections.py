@@ -214,8 +214,22 @@ def passkey(results: list[Result]) -> Iterable[Section]:
         for entry in _entries(result):
             rows.append([result.label, entry.get("length"), entry.get("k_max"), entry.get("k_max_strict")])
     if any(row[2] is not None for row in rows):
-        heads = ["model", "length", "k_max (at least 20 %)", "k_max (always)"]
+        heads = ["model", "window", "k_max (at least 20 %)", "k_max (always)"]
         parts.append(Table(heads, rows, "Effective window in tokens", "high"))
+        data = [
+            (
+                r.label,
+                f"window {e['length']:,}",
+                [d["k"] for d in e["by_distance"]],
+                [100 * d["success"] for d in e["by_distance"]],
+            )
+            for r in results
+            for e in _entries(r)
+        ]
+        svg = figures.lines(data, "k: tokens from the key to the end", "key found (% of trials)", marks=())
+        parts.append(
+            Figure(svg, "How often the key was found at each distance; k_max is where it first falls below 20 %.")
+        )
     for result in results:
         grid = result.data.get("grid")
         if grid:
