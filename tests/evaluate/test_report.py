@@ -79,7 +79,7 @@ def test_the_papers_tables_are_there(report):
 def test_the_page_is_whole_in_itself(report):
     page, _ = report
     assert page.count("<svg") == 6 == page.count("<figure>")
-    outside = re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)[^)]*\)|@import', page)
+    outside = re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|url\((?!#)[^)]*\)|@import', page)
     assert not outside and "<script" not in page
     assert "A &lt; B" in page and "tuned &amp; more" in page and "<title>A < B" not in page
     for words in ("position in the document (tokens)", "perplexity", "depth of the key", "prompt length in tokens"):

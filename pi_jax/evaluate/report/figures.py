@@ -76,6 +76,8 @@ def lines(
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if _octaves(axes) < 4 else (1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.4g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
+        if "%" in y_label:
+            axes.set_ylim(-4, 104)
         _token_axis(axes, x_label)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=10)
@@ -109,7 +111,8 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
         for i, row in enumerate(grid):
             for j, value in enumerate(row):
                 if np.isfinite(value):
-                    axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=9)
+                    color = "white" if abs(value - 0.5) > 0.38 else "black"  # the ends of the scale are dark
+                    axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=9, color=color)
         axes.set(xlabel="prompt length in tokens", ylabel="depth of the key in %", title=title)
         figure.colorbar(image, ax=axes, label="found", format=FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
         return _svg(figure)

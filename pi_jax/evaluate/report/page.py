@@ -118,7 +118,7 @@ h1 { font-size: 28px; margin: 8px 0 12px; } h2 { font-size: 21px; margin: 44px 0
 nav a { display: inline-block; margin: 0 18px 6px 0; color: #1a5fb4; text-decoration: none; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 14px 0 20px; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding-bottom: 6px; }
+caption { text-align: left; font-weight: 600; padding-bottom: 6px; white-space: nowrap; }
 th, td { padding: 5px 14px; text-align: right; border-bottom: 1px solid #e3e6ea; white-space: nowrap; }
 th { border-bottom: 2px solid #9aa3ad; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 tbody tr:hover { background: #f4f7fa; } figure { margin: 18px 0 26px; } figure svg { max-width: 100%; height: auto; }
