@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from pi_jax.evaluate import perplexity
+from pi_jax.evaluate import passkey, perplexity, ruler
 
-WHAT = {"perplexity": perplexity.main}
+WHAT = {"perplexity": perplexity.main, "passkey": passkey.main, "ruler": ruler.main}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
