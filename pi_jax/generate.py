@@ -9,17 +9,22 @@ prompt of 32k tokens never meets 32k x vocabulary numbers. Prompts of unequal le
 Shapes: B rows, S tokens of a chunk, D hidden, V vocabulary, L layers; a row is a prompt with what is generated for it.
 """
 
+import dataclasses
 import functools
+import pathlib
+import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pi_jax import cache, rope, sharding
+from pi_jax import cache, cli, rope, sharding
+from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.errors import InputError
 from pi_jax.model import Block, Llama, RMSNorm, parameter_axes
 
@@ -56,6 +61,8 @@ class Generator:
             raise InputError(f"max_length is {max_length} and chunk is {chunk}: need at least 2 and 1")
         self.config, self.compute = model.config, model.compute
         self.max_length = max_length
+        self.row_shards = sharding.row_shards(sharding.for_generation(mesh))
+        """Batches of a multiple of this many prompts leave no device idle."""
         self._chunk = chunk
         self._mesh = sharding.for_generation(mesh)
         with jax.set_mesh(self._mesh):
@@ -92,7 +99,7 @@ class Generator:
         self._check(prompts, max_new_tokens, temperature, top_p)
         if not prompts:
             return []
-        rows = -(-len(prompts) // sharding.row_shards(self._mesh)) * sharding.row_shards(self._mesh)
+        rows = -(-len(prompts) // self.row_shards) * self.row_shards
         filled = [list(p) for p in prompts] + [[0]] * (rows - len(prompts))  # rows that only fill the mesh
         stop_tokens = frozenset(stop_tokens)
         new: list[list[int]] = [[] for _ in prompts]
@@ -233,7 +240,9 @@ def _choose(norm: RMSNorm, head: nnx.Param, x_BSD, draw, count, sample) -> Int[A
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     key, temperature, top_p = draw
     key = jax.random.fold_in(key, count)
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits_BV)))
+    split = jax.typeof(logits_BV).sharding  # each device draws for its own rows
+    rows_B = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 0, out_sharding=split)[:, 0]
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
     logits_BV = keep_likeliest(logits_BV / temperature, top_p)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
@@ -246,3 +255,150 @@ def keep_likeliest(logits_BV: Float[Array, "B V"], top_p: Float[Array, ""]) -> F
     # The least likely token that stays: the last one before which the probability has not been reached.
     least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+
+
+def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a text: the model's end tokens and the tokenizer's."""
+    eos = config.eos_token_id
+    found = {*(eos if isinstance(eos, tuple) else (eos,)), tokenizer.eos_token_id}
+    return tuple(sorted(found - {None}))
+
+
+def warn_beyond_window(config: ModelConfig, length: int) -> None:
+    """Says so on stderr if a length is beyond the window that the model is scaled to."""
+    if length > config.max_position_embeddings and jax.process_index() == 0:
+        print(
+            f"warning: a length of {length} tokens is beyond the {config.max_position_embeddings} that the model is "
+            f"scaled to ({config.rope})",
+            file=sys.stderr,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Text from a model, as it comes."""
+
+    model: str
+    """Hugging Face folder, or the folder of a pi_jax run."""
+    prompt: tuple[str, ...] = ()
+    """Texts to continue; several are continued side by side."""
+    prompt_file: str = ""
+    """A file whose text is one more prompt."""
+    chat: bool = False
+    """Put each prompt into the tokenizer's chat template, as a message of the user."""
+    max_new_tokens: int = 128
+    """Of each continuation."""
+    temperature: float = 0.0
+    """0: the likeliest token always."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens that has this probability."""
+    seed: int = 0
+    """Of the draws."""
+    rope: RopeConfig = RopeConfig()
+    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the computation."""
+    chunk: int = 512
+    """Tokens of a prompt that are read at once."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices: prompts are split over data, fsdp and context, heads over tensor."""
+    output: str = ""
+    """Also write prompts and continuations to this JSON file."""
+
+
+def generate(args: Generate) -> list[str]:
+    """Runs the command; returns the continuations."""
+    from pi_jax.convert.sources import open_model
+    from pi_jax.data.prepare import load_tokenizer
+
+    cli.require_writable(args.output)
+    texts = [*args.prompt, *([_read(args.prompt_file)] if args.prompt_file else [])]
+    if not texts:
+        raise InputError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
+    source = open_model(args.model, args.rope)
+    tokenizer = load_tokenizer(source.files)
+    prompts = [_tokens(tokenizer, text, args.chat) for text in texts]
+    highest = max((max(p, default=0) for p in prompts), default=0)
+    if highest >= source.config.vocab_size:
+        raise InputError(
+            f"{source.files}: the tokenizer has token {highest}, the model's vocab_size is {source.config.vocab_size}: "
+            "they do not belong together"
+        )
+    length = max(map(len, prompts)) + args.max_new_tokens
+    warn_beyond_window(source.config, length)
+    mesh = sharding.make_mesh(args.mesh)
+    with jax.set_mesh(mesh):
+        compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
+        generator = Generator(source.load(compute, mesh), mesh, max_length=max(length, 2), chunk=args.chunk)
+    stream = _Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
+    new = generator(
+        prompts,
+        args.max_new_tokens,
+        stop_tokens=stop_tokens(source.config, tokenizer),
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        on_token=stream,
+    )
+    continuations = [tokenizer.decode(tokens) for tokens in new]
+    if stream:
+        stream.close()
+    elif jax.process_index() == 0:
+        for text, continuation in zip(texts, continuations, strict=True):
+            print(f"--- {text[:60]!r}\n{continuation}")
+    if args.output and jax.process_index() == 0:
+        rows = zip(texts, continuations, map(len, prompts), map(len, new), strict=True)
+        names = ("prompt", "continuation", "prompt_tokens", "new_tokens")
+        settings = {k: v for k, v in dataclasses.asdict(args).items() if k in ("temperature", "top_p", "seed", "dtype")}
+        results = [dict(zip(names, row, strict=True)) for row in rows]
+        head = {"command": "generate", "model": args.model, "rope": f"{source.config.rope}"}
+        cli.write_json(args.output, head | settings | {"results": results})
+    return continuations
+
+
+def _read(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt-file {path} cannot be read: {error}") from None
+
+
+def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    if not chat:
+        return list(tokenizer(text)["input_ids"])
+    if not tokenizer.chat_template:
+        raise InputError(f"--chat: {tokenizer.name_or_path} has no chat template")
+    message = [{"role": "user", "content": text}]
+    whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+
+
+class _Stream:
+    """Prints a text as its tokens come: a character of several tokens when it is whole."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._tokens, self._shown = tokenizer, [], ""
+
+    def __call__(self, _: int, token: int) -> None:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._show(text)
+
+    def close(self) -> None:
+        """Shows what is left, and ends the line."""
+        self._show(self._tokenizer.decode(self._tokens))
+        print()
+
+    def _show(self, text: str) -> None:
+        print(text[len(self._shown) :], end="", flush=True)
+        self._shown = text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: generate(tyro.cli(Generate, prog="python -m pi_jax.generate", args=argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,8 @@ from pi_jax.errors import InputError
 
 WHAT = {
     "perplexity": "sliding windows over text, by token, by window and by document",
+    "passkey": "up to which distance a number in the input is found: the paper's Table 4, and a heat map",
+    "ruler": "the synthetic RULER tasks, and the effective length",
     "harness": "lm-evaluation-harness: the paper's Table 5 and any other of its tasks",
     "summarization": "GovReport as in the paper's Table 6: ROUGE of long documents' summaries",
     "report": "one page of tables and figures from the result files of several models",

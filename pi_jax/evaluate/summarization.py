@@ -8,22 +8,20 @@ here: words are stemmed, the prompt's last line ends before the summary, a summa
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
 from rouge_score import rouge_scorer
-from tqdm import tqdm
 
-from pi_jax import cli, sharding
-from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
+from pi_jax import cli
+from pi_jax.convert.sources import open_model
 from pi_jax.data.documents import Document, read_documents
 from pi_jax.data.prepare import SUMMARIZE, Prompt, load_tokenizer
 from pi_jax.errors import InputError
-from pi_jax.evaluate.perplexity import require_vocabulary, warn
-from pi_jax.evaluate.scoring import rows_at_a_time
-from pi_jax.generate import Generator
+from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
+from pi_jax.evaluate.perplexity import warn
 from pi_jax.metrics import note
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -31,12 +29,10 @@ METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 @dataclasses.dataclass(frozen=True)
-class Summarization:
+class Summarization(ModelOptions):
     """ROUGE of a model's summaries of long documents: GovReport as in the paper's Table 6."""
 
-    model: str
-    """Hugging Face folder, or the folder of a pi_jax run."""
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
     """.jsonl(.gz, .zst) or .parquet files with documents and their reference summaries."""
     document_field: str = "report"
     """Field with the document."""
@@ -54,21 +50,13 @@ class Summarization:
     """Draw from the smallest set of likeliest tokens that has this probability."""
     seed: int = 0
     """Of the draws."""
-    batch_tokens: int = 16_384
-    """Tokens that a device holds at a time: one long document, or several short ones."""
     bos: bool = False
     """Put the model's BOS token before the prompt."""
-    rope: RopeConfig = RopeConfig()
-    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
-    output: str = ""
-    """Also write the result, with every summary, to this JSON file."""
 
     def __post_init__(self):
         if not self.data:
             raise InputError("--data is empty: it needs at least one .jsonl or .parquet file")
-        for name in ("documents", "max_input", "max_new_tokens", "batch_tokens"):
+        for name in ("documents", "max_input", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {value}: it must be positive")
@@ -104,30 +92,28 @@ def read_pairs(args: Summarization) -> list[Document]:
 
 def summarization(args: Summarization) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
-    from pi_jax.convert.sources import open_model
-
     cli.require_writable(args.output)
     source = open_model(args.model, args.rope)
-    config, tokenizer = source.config, load_tokenizer(source.files)
-    require_vocabulary(tokenizer, source.files, config.vocab_size)
-    if args.bos and config.bos_token_id is None:
+    bos = source.config.bos_token_id
+    if args.bos and bos is None:
         raise InputError(f"--bos: {source.files}/config.json has no bos_token_id")
     pairs = read_pairs(args)
-    prompts = [p.tolist() for p in Prompt(SUMMARIZE, args.max_input).encode(tokenizer, [d.prompt for d in pairs])]
-    prompts = [[config.bos_token_id, *p] if args.bos else p for p in prompts]
-    longest = max(map(len, prompts)) + args.max_new_tokens
-    if longest > config.max_position_embeddings:
-        warn(
-            f"prompts and summaries of up to {longest} tokens are beyond the {config.max_position_embeddings} that the "
-            f"model is scaled to ({config.rope}): lower --max-input, or extend the model"
-        )
-    mesh = sharding.make_mesh(MeshConfig())
-    compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
+    prompts = Prompt(SUMMARIZE, args.max_input).encode(load_tokenizer(source.files), [d.prompt for d in pairs])
+    prompts = [[*([bos] if args.bos else []), *p.tolist()] for p in prompts]
+    generator, tokenizer, config = open_generator(args, max(map(len, prompts)) + args.max_new_tokens)
     started = time.monotonic()
-    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        generator = Generator(source.load(compute, mesh), mesh, max_length=longest)
-    found = _summaries(args, generator, mesh, tokenizer, prompts, _stop_tokens(config.eos_token_id, tokenizer))
-    summaries = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in found]
+    summaries = answer(
+        generator,
+        tokenizer,
+        prompts,
+        args.max_new_tokens,
+        batch_tokens=args.batch_tokens,
+        what="summaries",
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    summaries = [text.strip() for text in summaries]
     means, each = rouge([d.text for d in pairs], summaries)
     report = {
         "command": "summarization",
@@ -149,8 +135,8 @@ def summarization(args: Summarization) -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "results": {"documents": len(pairs), "seconds": round(time.monotonic() - started, 1), **means},
         "summaries": [
-            {"name": d.name, "prompt_tokens": len(p), "new_tokens": len(t), "summary": s, **scores}
-            for d, p, t, s, scores in zip(pairs, prompts, found, summaries, each, strict=True)
+            {"name": d.name, "prompt_tokens": len(p), "summary": s, **scores}
+            for d, p, s, scores in zip(pairs, prompts, summaries, each, strict=True)
         ],
     }
     note(f"{args.model}: {config.rope}, {len(pairs)} documents, {args.dtype}; F-measure in %")
@@ -158,35 +144,6 @@ def summarization(args: Summarization) -> dict[str, Any]:
     if args.output and jax.process_index() == 0:
         cli.write_json(args.output, report)
     return report
-
-
-def _stop_tokens(eos: int | tuple[int, ...] | None, tokenizer: Any) -> tuple[int, ...]:
-    of_model = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
-    return of_model or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
-
-
-def _summaries(args, generator, mesh, tokenizer, prompts, stop_tokens) -> list[list[int]]:
-    """New tokens for each prompt; those of about the same length share a batch."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc="summaries", disable=jax.process_index() > 0) as bar:
-        at = 0
-        while at < len(order):
-            length = len(prompts[order[at]]) + args.max_new_tokens
-            batch = order[at : at + rows_at_a_time(mesh, length, args.batch_tokens, len(order) - at)]
-            new = generator(
-                [prompts[i] for i in batch],
-                args.max_new_tokens,
-                stop_tokens=stop_tokens,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                seed=args.seed + at,  # else the rows of every batch would draw alike
-            )
-            for i, tokens in zip(batch, new, strict=True):
-                found[i] = tokens
-            at += len(batch)
-            bar.update(len(batch))
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

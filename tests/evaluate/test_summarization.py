@@ -60,7 +60,6 @@ def test_the_command(model_folder, data, tmp_path, capsys):
     around = len(tokenizer(SUMMARIZE.replace("{}", ""), add_special_tokens=False)["input_ids"])
     lengths = [min(70, len(r["report"])) for r in RECORDS[:2]]  # a token is a byte
     assert [s["prompt_tokens"] for s in report["summaries"]] == [around + n for n in lengths]
-    assert all(0 < s["new_tokens"] <= 12 for s in report["summaries"])
 
     def texts(r):
         return [s["summary"] for s in r["summaries"]]
@@ -94,7 +93,7 @@ def test_rouge_is_rouge_scores():
     ],
 )
 def test_bad_input_is_one_sentence(model_folder, data, tmp_path, more, message, capsys, monkeypatch):
-    monkeypatch.setattr(summarization, "_summaries", lambda *_: [[1]] * 2)
+    monkeypatch.setattr(summarization, "answer", lambda *_, **__: ["one", "two"])
     with pytest.raises(SystemExit) as stop:
         _run(model_folder, data / "a.jsonl", tmp_path / "x.json", *more)
     assert stop.value.code == 2 and message in capsys.readouterr().err
