@@ -111,7 +111,7 @@ class Generator:
                 ahead = None
                 if step + 1 < max_new_tokens:  # begun before this one is read, so that the device never waits
                     ahead = _decode(self._weights, self.config, tokens_B, state, draw, temperature > 0)
-                for row, token in enumerate(np.asarray(tokens_B)[: len(prompts)].tolist()):
+                for row, token in enumerate(sharding.fetch(tokens_B)[: len(prompts)].tolist()):
                     if row not in going:
                         continue
                     if token in stop_tokens:
@@ -162,10 +162,10 @@ class Generator:
         slots = min(slots, max(self.max_length, total + max_new_tokens))
         shape = (len(prompts), slots, self.config.num_key_value_heads, self.config.head_dim)
         caches = [cache.empty(self._mesh, shape, self.compute.dtype) for _ in self._weights.layers]
-        start_B = sharding.put_batch(self._mesh, {"start": (total - lengths).astype(np.int32)})["start"]
+        start_B = sharding.put_same(self._mesh, {"start": (total - lengths).astype(np.int32)})["start"]
         slot = 0
         for size in chunks:
-            part = sharding.put_batch(self._mesh, {"tokens": tokens[:, slot : slot + size]})["tokens"]
+            part = sharding.put_same(self._mesh, {"tokens": tokens[:, slot : slot + size]})["tokens"]
             place = (jnp.int32(slot), start_B, jnp.int32(longest))
             x_BSD, cos_sin = _embed(self._weights.embedding, self.config, part, *place)
             for i, layer in enumerate(self._weights.layers):

@@ -204,6 +204,24 @@ def put_tree(mesh: Mesh, tree, axes: dict[str, LogicalAxes]):
     return jax.device_put(tree, shard_tree(mesh, tree, axes))
 
 
+def put_same(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A global batch, [B, S] or [B] each, that every process holds whole: each places what its own devices need."""
+    axes = ("batch", "sequence")
+    return {
+        k: jax.make_array_from_callback(v.shape, named(mesh, axes[: v.ndim]), v.__getitem__) for k, v in batch.items()
+    }
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole of an array on every process, wherever its parts are."""
+    return np.asarray(x if x.is_fully_addressable or x.is_fully_replicated else _gathered(x))
+
+
+@jax.jit
+def _gathered(x):
+    return on_every_device(x)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A host's rows of a global batch, [B, S] or [B] each, as global arrays split over batch and sequence."""
     axes = ("batch", "sequence")

@@ -48,11 +48,9 @@ def score_rows(
       mesh: the mesh that is set.
     """
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    sharded = sharding.named(mesh, ("batch", "sequence"))
-    # From a callback, each process places the parts that its own devices hold.
-    placed = [jax.make_array_from_callback(x.shape, sharded, x.__getitem__) for x in (tokens, positions)]
-    losses, greedy = _score(model, *placed, np.int32(start), np.int32(stop), chunk)
-    return np.asarray(losses), np.asarray(greedy)
+    placed = sharding.put_same(mesh, {"tokens": tokens, "positions": positions})
+    losses, greedy = _score(model, placed["tokens"], placed["positions"], np.int32(start), np.int32(stop), chunk)
+    return sharding.fetch(losses), sharding.fetch(greedy)
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -61,4 +59,4 @@ def _score(model, tokens_BS, positions_BS, start, stop, chunk):
     tokens_BS = sharding.gather_sequence(tokens_BS)
     # The token at i is predicted from the hidden state at i - 1; column 0 is predicted by nothing.
     before_BSD = jnp.pad(hidden_BSD[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return sharding.on_every_device(score_tokens(before_BSD, model.output_weights(), tokens_BS, chunk, start, stop))
+    return score_tokens(before_BSD, model.output_weights(), tokens_BS, chunk, start, stop)
