@@ -239,12 +239,13 @@ def _choose(norm: RMSNorm, head: nnx.Param, x_BSD, draw, count, sample) -> Int[A
     if not sample:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     key, temperature, top_p = draw
+    rows_B = sharding.gather_sequence(jnp.arange(len(logits_BV)))
     key = jax.random.fold_in(key, count)
-    split = jax.typeof(logits_BV).sharding  # each device draws for its own rows
-    rows_B = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 0, out_sharding=split)[:, 0]
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
-    logits_BV = keep_likeliest(logits_BV / temperature, top_p)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+    def one(row, logits_V):  # a draw depends on its row and step alone
+        return jax.random.categorical(jax.random.fold_in(key, row), logits_V)
+
+    return jax.vmap(one)(rows_B, keep_likeliest(logits_BV / temperature, top_p)).astype(jnp.int32)
 
 
 def keep_likeliest(logits_BV: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:

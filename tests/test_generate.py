@@ -113,6 +113,8 @@ def test_every_mesh_gives_the_same_and_splits_the_cache(sizes, models, mesh, mon
 
         model = sharding.put_tree(wide, jax.tree.map(np.asarray, models["linear"]), parameter_axes(models["linear"]))
     generator = Generator(model, wide, max_length=128, chunk=16)
+    drawn = generator(PROMPTS, 4, temperature=1.0, top_p=0.9)
+    assert drawn == Generator(models["linear"], mesh, max_length=128, chunk=16)(PROMPTS, 4, temperature=1.0, top_p=0.9)
     made = []
     empty = cache.empty
     monkeypatch.setattr(cache, "empty", lambda *a: made.append(empty(*a)) or made[-1])
