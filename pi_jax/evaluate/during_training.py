@@ -42,11 +42,7 @@ class Evaluation:
             self._heldout = names, documents, windows
         if self._config.passkey_lengths:
             self._tokenizer = load_tokenizer(files)
-            if len(self._tokenizer.get_vocab()) > model.vocab_size:
-                raise InputError(
-                    f"{files}: the tokenizer has {len(self._tokenizer.get_vocab())} tokens, the model's vocab_size is "
-                    f"{model.vocab_size}: they do not belong together"
-                )
+            perplexity.require_vocabulary(self._tokenizer, files, model.vocab_size)
             shortest = passkey.PromptMaker(self._tokenizer).shortest() + passkey.NEW_TOKENS
             if min(self._config.passkey_lengths) < shortest:
                 raise InputError(

@@ -28,7 +28,7 @@ from pi_jax import cli, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.errors import InputError
 from pi_jax.evaluate.scoring import rows_at_a_time, score_rows
-from pi_jax.generate import Generator
+from pi_jax.generate import Generator, warn_beyond_window
 from pi_jax.metrics import note
 from pi_jax.model import Llama
 
@@ -305,6 +305,7 @@ def harness(args: Harness) -> dict[str, Any]:
     mesh = sharding.make_mesh(MeshConfig())
     compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
     max_length = args.max_length or min(source.config.max_position_embeddings, 8192)
+    warn_beyond_window(source.config, max_length)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
         lm = HarnessModel(source.load(compute, mesh), mesh, tokenizer, max_length, args.batch_tokens)
         try:

@@ -25,6 +25,8 @@ def others(tmp_path_factory):
     by_distance = [{"k": 512 * i, "distance": 512.0 * i, "success": 1 / i} for i in (1, 2, 3, 4)]
     entry = {"length": 2048, "k_max": 1536, "k_max_strict": 512, "success": 0.5, "by_distance": by_distance}
     _write(folder, "passkey.json", "passkey", results=[entry], grid=grid)
+    scores = [{"length": n, "average": a, "tasks": {"niah_single_1": a + 1}} for n, a in ((4096, 90.0), (8192, 80.0))]
+    _write(folder, "ruler.json", "ruler", results=scores, effective_length=4096)
     tasks = {"boolq": {"acc": 0.7312, "acc_stderr": 0.01, "questions": 99}, "other": {"acc": 0.5, "questions": 9}}
     _write(folder, "harness.json", "harness", results=tasks)
     rouge = {
@@ -72,6 +74,8 @@ def test_the_papers_tables_are_there(report):
     _, markdown = report
     assert _row(markdown, "tuned & more, 8192", "Table 3") == ["18.00", "16.00", "14.00"]
     assert _row(markdown, "tuned & more", "Effective window") == ["2,048", "1,536", "512"]
+    assert _row(markdown, "tuned & more", "Average score (0 to 100)") == ["90.00", "80.00", "4,096"]
+    assert _row(markdown, "tuned & more", "**niah_single_1**") == ["91.0", "81.0"]
     assert _row(markdown, "tuned & more", "(Table 5)") == ["73.1", "50.0"] and "| model | BoolQ | other |" in markdown
     assert _row(markdown, "tuned & more", "(Table 6)") == ["972", "60.0", "28.0", "29.5", "30.0"]
 
