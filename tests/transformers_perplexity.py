@@ -18,11 +18,11 @@ import transformers
 @torch.no_grad()
 def sliding_perplexity(model, documents, window, stride, bos=None) -> dict:
     """`documents`: lists of token ids; `bos`: token before every window, or None."""
-    losses, window_means, seconds = [], [], []
+    losses, window_means, seconds, cpu_seconds = [], [], [], []
     for document in documents:
         end_before = 0
         for begin in range(0, len(document), stride):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             end = min(begin + window - (bos is not None), len(document))
             text = document[begin:end] if bos is None else [bos, *document[begin:end]]
             new = end - end_before  # tokens that this window adds; the first token of a row has no prediction
@@ -34,6 +34,7 @@ def sliding_perplexity(model, documents, window, stride, bos=None) -> dict:
             window_means.append(loss.double().mean())
             if new == stride:  # not a document's first window, nor its last
                 seconds.append(time.perf_counter() - started)
+                cpu_seconds.append(time.process_time() - cpu_started)
             end_before = end
             if end == len(document):
                 break
@@ -43,6 +44,7 @@ def sliding_perplexity(model, documents, window, stride, bos=None) -> dict:
         "perplexity": math.exp(losses.mean()),
         "window_mean_perplexity": math.exp(torch.stack(window_means).mean()),
         "seconds_a_window": seconds,
+        "cpu_seconds_a_window": cpu_seconds,
     }
 
 
