@@ -24,8 +24,9 @@ class Table:
         for i in range(1, len(self.heads)):
             numbers = [row[i] for row in self.rows if isinstance(row[i], float)]
             if self.best and len(numbers) > 1:
-                best[i] = {"low": min, "high": max}[self.best](numbers)
-        return [[(self._text(c), i in best and c == best[i]) for i, c in enumerate(row)] for row in self.rows]
+                best[i] = self._text({"low": min, "high": max}[self.best](numbers))
+        texts = [[self._text(cell) for cell in row] for row in self.rows]
+        return [[(text, best.get(i) == text) for i, text in enumerate(row)] for row in texts]
 
     def _text(self, cell: Cell) -> str:
         if cell is None:
