@@ -39,7 +39,7 @@ class Perplexity:
     """Turns of each side."""
     threads: int = 0
     """Of torch; 0: its default."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 8192
     """Of ours: short windows are read several at a time."""
     output: str = ""
     """JSON file for the result."""

@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):
             buckets.setdefault(self._lengths[bisect.bisect_left(self._lengths, len(rows[i]))], []).append(i)
         with self._bar(len(rows), "log-likelihoods", disable_tqdm) as bar:
             for length, members in buckets.items():
-                size = rows_at_a_time(self._mesh, length, self._batch_tokens, len(members))
+                size = self._rows(length, len(members))
                 for batch in (members[at : at + size] for at in range(0, len(members), size)):
                     tokens = np.zeros((size, length), np.int32)
                     for row, i in zip(tokens, batch, strict=False):
@@ -154,20 +154,24 @@ class HarnessModel(TemplateLM):
                     )
                 prompts = {i: self._prompt(requests[i].args[0], room) for i in members}
                 members.sort(key=lambda i: len(prompts[i]))
-                size = rows_at_a_time(self._mesh, self.max_length, self._batch_tokens, len(members))
+                size = self._rows(self.max_length, len(members))
                 for batch in (members[at : at + size] for at in range(0, len(members), size)):
-                    for i, text in zip(batch, self._generate([prompts[i] for i in batch], kwargs), strict=True):
+                    for i, text in zip(batch, self._generate([prompts[i] for i in batch], kwargs, size), strict=True):
                         texts[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     bar.update(len(batch))
         return texts
+
+    def _rows(self, length: int, requests: int) -> int:
+        """Rows of a batch: powers of two, so that tasks of any size share their compiled programs."""
+        return rows_at_a_time(self._mesh, length, self._batch_tokens, 1 << (requests - 1).bit_length())
 
     def _prompt(self, text: str, room: int) -> list[int]:
         tokens = self.tok_encode(text) or [self.prefix_token_id]
         self.truncated += len(tokens) > room
         return tokens[-room:]
 
-    def _generate(self, prompts: list[list[int]], kwargs: dict[str, Any]) -> list[str]:
+    def _generate(self, prompts: list[list[int]], kwargs: dict[str, Any], rows: int) -> list[str]:
         until = handle_stop_sequences(kwargs["until"], eos=self.tokenizer.decode(self.eot_token_id))
         if self._generator is None:
             self._generator = Generator(self._model, self._mesh, max_length=self.max_length)
@@ -175,17 +179,18 @@ class HarnessModel(TemplateLM):
         going = set(range(len(prompts)))
 
         def on_token(row: int, token: int) -> None:
+            if row not in going:
+                return
             found[row].append(token)
-            if row in going and any(stop in self._text(found[row]) for stop in until):
+            if token == self.eot_token_id or any(stop in self._text(found[row]) for stop in until):
                 going.remove(row)
                 if not going:
                     raise _AllStopped
 
         with contextlib.suppress(_AllStopped):
             self._generator(
-                prompts,
+                prompts + [prompts[0]] * (rows - len(prompts)),  # every batch has the same shape
                 kwargs["max_gen_toks"],
-                stop_tokens=(self.eot_token_id,),
                 temperature=kwargs["temperature"] if kwargs["do_sample"] else 0.0,
                 top_p=kwargs.get("top_p", 1.0),
                 on_token=on_token,
