@@ -1,14 +1,19 @@
 """Speed of evaluation against transformers on the same machine, weights and protocol, in one run.
 
+python benchmarks/evaluate.py decode --model DIR --output FILE.json
 python benchmarks/evaluate.py perplexity --model DIR --data FILES --output FILE.json
 """
 
 import sys
 
+import greedy_decoding
 import sliding_perplexity
 import tyro
 
-WHAT = {"perplexity": (sliding_perplexity.Perplexity, sliding_perplexity.main)}
+WHAT = {
+    "decode": (greedy_decoding.Decode, greedy_decoding.main),
+    "perplexity": (sliding_perplexity.Perplexity, sliding_perplexity.main),
+}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pi_jax import cache, cli, rope, sharding
+from pi_jax import cache, cli, rope, sampling, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.errors import InputError
 from pi_jax.model import Block, Llama, RMSNorm, parameter_axes
@@ -232,30 +232,18 @@ def _decode(weights: _Weights, config, tokens_B, state: _State, draw, sample):
 @functools.partial(jax.jit, static_argnums=5)
 def _choose(norm: RMSNorm, head: nnx.Param, x_BSD, draw, count, sample) -> Int[Array, " B"]:
     """A token for each row, from its last hidden state."""
-    last_B1D = norm(x_BSD[:, -1:])
-    head_VD = sharding.gather(head[...], head.axes)
-    logits_B1V = sharding.einsum("BSD,VD->BSV", last_B1D, head_VD, axes=("batch", None, "vocab"), dtype=jnp.float32)
-    logits_BV = sharding.gather_sequence(logits_B1V)[:, 0]
+    logits_BV = _last_logits(norm, head, x_BSD)
     if not sample:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     key, temperature, top_p = draw
-    rows_B = sharding.gather_sequence(jnp.arange(len(logits_BV)))
-    key = jax.random.fold_in(key, count)
-
-    def one(row, logits_V):  # a draw depends on its row and step alone
-        return jax.random.categorical(jax.random.fold_in(key, row), logits_V)
-
-    return jax.vmap(one)(rows_B, keep_likeliest(logits_BV / temperature, top_p)).astype(jnp.int32)
+    return sampling.draw(jax.random.fold_in(key, count), logits_BV, temperature, top_p)
 
 
-def keep_likeliest(logits_BV: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """Logits with -inf for all but the smallest set of likeliest tokens whose probability reaches `top_p` (nucleus
-    sampling, Holtzman et al. 2020)."""
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
-    # The least likely token that stays: the last one before which the probability has not been reached.
-    least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+def _last_logits(norm: RMSNorm, head: nnx.Param, x_BSD) -> Float[Array, "B V"]:
+    last_B1D = norm(x_BSD[:, -1:])
+    head_VD = sharding.gather(head[...], head.axes)
+    logits_B1V = sharding.einsum("BSD,VD->BSV", last_B1D, head_VD, axes=("batch", None, "vocab"), dtype=jnp.float32)
+    return sharding.gather_sequence(logits_B1V)[:, 0]
 
 
 def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:

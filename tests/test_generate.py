@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax import cache, generate, rope, sharding
+from pi_jax import cache, generate, rope, sampling, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig, extend
 from pi_jax.convert import hf
 from pi_jax.errors import InputError
@@ -64,17 +64,20 @@ def test_cached_tokens_are_those_of_whole_passes_in_any_company(kind, models, me
 
 def test_cached_logits_are_those_of_whole_passes(models, mesh, monkeypatch):
     model, seen = models["linear"], []
-    choose = generate._choose.__wrapped__
+    last_logits = generate._last_logits
 
-    def spy(norm, head, x_BSD, draw, count, sample):
-        logits = sharding.einsum("BD,VD->BV", norm(x_BSD[:, -1]), head[...], axes=("batch", "vocab"))
+    def spy(*arguments):
+        logits = last_logits(*arguments)
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), logits, ordered=True)
-        return choose(norm, head, x_BSD, draw, count, sample)
+        return logits
 
-    monkeypatch.setattr(generate, "_choose", jax.jit(spy, static_argnums=5))
-    monkeypatch.setattr(generate, "_decode", jax.jit(generate._decode.__wrapped__, static_argnums=(1, 5)))
+    monkeypatch.setattr(generate, "_last_logits", spy)
+    generate._choose.clear_cache()
+    generate._decode.clear_cache()
     Generator(model, mesh, max_length=128, chunk=16)([PROMPTS[1], PROMPTS[3]], 8)
     jax.effects_barrier()
+    generate._choose.clear_cache()
+    generate._decode.clear_cache()
     for row, prompt in enumerate((PROMPTS[1], PROMPTS[3])):
         expected = _uncached(model, prompt, 8)[1]
         np.testing.assert_allclose(np.array(seen)[:, row], expected, atol=1e-4 * np.abs(expected).max())
@@ -152,7 +155,7 @@ def test_draws_depend_on_the_seed_and_follow_the_distribution(models, mesh):
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     p = np.array([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]])
     for top_p, kept in ((0.65, [[1, 3], [0]]), (0.71, [[1, 2, 3], [0]]), (1.0, [[0, 1, 2, 3], [0, 1, 2, 3]])):
-        found = generate.keep_likeliest(jnp.log(p), jnp.float32(top_p))
+        found = sampling.keep_likeliest(jnp.log(p), jnp.float32(top_p))
         assert [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(found)] == kept
 
 

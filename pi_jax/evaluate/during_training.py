@@ -58,7 +58,7 @@ class Evaluation:
         if self._heldout:
             names, documents, windows = self._heldout
             results = perplexity.evaluate_model(model, mesh, names, documents, windows, self._config.stride)
-            note(f"Step {step}: held-out perplexity ({len(names)} documents), by position in the document:")
+            note(f"Held-out perplexity after {step} steps ({len(names)} documents), by position in the document:")
             note(perplexity.table(results))
             found["perplexity"] = results
             values |= {f"perplexity/{r['window']}": r["perplexity"] for r in results}
@@ -69,7 +69,7 @@ class Evaluation:
                 passkey.measure_distances(generator, self._tokenizer, n, distances, trials, 0, BATCH_TOKENS)
                 for n in lengths
             ]
-            note(f"Step {step}: passkey\n{passkey.table({'results': results, 'grid': None})}")
+            note(f"Passkey after {step} steps:\n{passkey.table({'results': results, 'grid': None})}")
             found["passkey"] = results
             for r in results:
                 values[f"passkey/{r['length']}"] = r["k_max"]

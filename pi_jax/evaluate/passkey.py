@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli
+from pi_jax import cli, theory
 from pi_jax.errors import InputError
 from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
 from pi_jax.generate import Generator
@@ -208,24 +208,24 @@ class Passkey(ModelOptions):
     figure: str = ""
     """Also draw the grid, or else success against k, to this PNG file."""
 
-    def __post_init__(self):
-        for name in ("distances", "trials", "grid_depths"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}: it must be 0 or more")
-        for length in (*self.lengths, *self.grid_lengths):
-            if length < 1:
-                raise InputError(f"lengths has {length}: a length is a positive number of tokens")
+
+def _check(args: Passkey) -> None:
+    for name in ("distances", "trials", "grid_depths"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if args.seed < 0:
+        raise InputError(f"seed is {args.seed}: it must be 0 or more")
+    cli.require_writable(args.output)
+    cli.require_writable(args.figure)
+    if args.figure:
+        theory.new_figure(1, 1, 1)  # fails now if it must
 
 
 def passkey(args: Passkey) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
     from pi_jax.convert.sources import open_model
 
-    cli.require_writable(args.figure)
-    if args.figure:
-        new_figure(1, 1)  # fails now if it must
+    _check(args)
     lengths = args.lengths
     if not lengths and not args.grid_lengths:
         lengths = (open_model(args.model, args.rope).config.max_position_embeddings,)
@@ -293,7 +293,7 @@ def table(report: dict[str, Any]) -> str:
 def draw(path: str, report: dict[str, Any]) -> None:
     """The grid as a heat map, or success against k where there is no grid."""
     grid = report["grid"]
-    figure, (axes,) = new_figure(8, 4.8)
+    figure, (axes,) = theory.new_figure(8, 4.8, 1)
     if grid:
         columns, rows = len(grid["lengths"]), len(grid["depths"])
         image = axes.imshow(100 * np.array(grid["success"]), cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
@@ -318,20 +318,12 @@ def draw(path: str, report: dict[str, Any]) -> None:
         f"Passkey, {name}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
     )
     temporary = pathlib.Path(path).with_name(pathlib.Path(path).name + ".tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
-
-
-def new_figure(width: float, height: float):
-    """A figure of one panel.
-
-    Raises:
-      InputError: if matplotlib is not installed.
-    """
-    from pi_jax import theory
-
-    return theory.new_figure(width, height, 1)
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, dpi=130, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

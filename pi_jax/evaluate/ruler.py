@@ -29,20 +29,20 @@ class Ruler(ModelOptions):
     seed: int = 0
     """Of the prompts."""
 
-    def __post_init__(self):
-        if self.samples < 1:
-            raise InputError(f"samples is {self.samples}: it must be at least 1")
-        if not self.lengths or min(self.lengths) < 1:
-            raise InputError(f"lengths is {self.lengths}: give positive numbers of tokens")
-        for name in self.tasks:
-            if name not in TASKS:
-                raise InputError(f"task {name!r} is not known: choose from {', '.join(TASKS)}")
-            if TASKS[name].essays and not self.essays:
-                raise InputError(f"task {name} hides its needles in essays: give text files by --essays")
+
+def _check(args: Ruler) -> None:
+    if args.samples < 1:
+        raise InputError(f"samples is {args.samples}: it must be at least 1")
+    for name in args.tasks:
+        if name not in TASKS:
+            raise InputError(f"task {name!r} is not known: choose from {', '.join(TASKS)}")
+        if TASKS[name].essays and not args.essays:
+            raise InputError(f"task {name} hides its needles in essays: give text files by --essays")
 
 
 def ruler(args: Ruler) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
+    _check(args)
     essays = _read(args.essays)
     tasks = args.tasks or tuple(name for name, task in TASKS.items() if essays or not task.essays)
     lengths = sorted(set(args.lengths))
