@@ -27,20 +27,23 @@ def test_every_token_is_scored_once_with_enough_before_it(length, window, stride
         assert w.first - w.start >= min(window - stride, w.first) and w.start % stride == 0
 
 
+@jax.jit
+def _log_probabilities(model, ids):
+    return jax.nn.log_softmax(model.logits(model(ids, jnp.arange(ids.shape[1])[None])))
+
+
 def _by_hand(model, tokens, window, stride, bos):
     """Token after token, each from a forward pass of its own over the context the protocol gives it."""
     losses = np.full(len(tokens), np.nan)
     width = window - (bos is not None)
     stop = min(width, len(tokens))
     start, first = 0, 0 if bos is not None else 1
-    logits_of = jax.jit(lambda ids: model.logits(model(ids, jnp.arange(window)[None])))
     while True:
         for i in range(first, stop):
             context = ([bos] if bos is not None else []) + list(tokens[start:i])
             padded = np.zeros((1, window), np.int32)  # what comes after is out of sight
             padded[0, : len(context)] = context
-            logits = logits_of(padded)[0, len(context) - 1]
-            losses[i] = jax.nn.logsumexp(logits) - logits[tokens[i]]
+            losses[i] = -np.asarray(_log_probabilities(model, padded))[0, len(context) - 1, tokens[i]]
         if stop == len(tokens):
             return losses
         start, first, stop = start + stride, stop, min(start + stride + width, len(tokens))
@@ -54,7 +57,7 @@ def test_losses_equal_those_by_hand(bos, devices):
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     rng = np.random.default_rng(0)
-    documents = [rng.integers(0, 256, n).astype(np.int32) for n in (41, 9, 24)]
+    documents = [rng.integers(0, 256, n).astype(np.int32) for n in (33, 9)]
     with jax.set_mesh(mesh):
         model = Llama(extend(tiny_model_config(), RopeConfig("linear", 2.0)), COMPUTE, jax.random.key(0))
         found = sliding.score_documents(model, documents, 24, 7, mesh, bos)
@@ -162,7 +165,7 @@ def test_bos_policies_against_transformers(model_folder, inputs, tmp_path, polic
 
 def test_an_interrupted_evaluation_goes_on(model_folder, inputs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "result.json"
-    words = ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "128", "--stride", "32"]
+    words = ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "--stride", "32"]
     words += ["--max-tokens", "300", "--output", str(out)]
     _run(*words[:-1], str(tmp_path / "whole.json"))
     calls, real = [], sliding.score_rows
