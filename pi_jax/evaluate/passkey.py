@@ -164,22 +164,25 @@ def measure_grid(
     generator: Generator,
     tokenizer: Any,
     lengths: Sequence[int],
-    depths: int,
+    depths: Sequence[float],
     trials: int,
     seed: int,
     batch_tokens: int,
 ) -> dict[str, Any]:
     """Success by depth of the key (rows) and length of the input with its answer (columns)."""
     make = PromptMaker(tokenizer)
-    shares = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
     columns = []
     for length in lengths:
         prompts = [
-            [make(length - NEW_TOKENS, _key(seed, length, i, t, 1), depth=share) for t in range(trials)]
-            for i, share in enumerate(shares)
+            [make(length - NEW_TOKENS, _key(seed, length, i, t, 1), depth=depth) for t in range(trials)]
+            for i, depth in enumerate(depths)
         ]
         columns.append(_rates(generator, tokenizer, prompts, batch_tokens, f"passkey grid {length}"))
-    return {"depths": shares, "lengths": list(lengths), "success": [list(row) for row in zip(*columns, strict=True)]}
+    return {
+        "depths": list(depths),
+        "lengths": list(lengths),
+        "success": [list(row) for row in zip(*columns, strict=True)],
+    }
 
 
 def _rates(generator, tokenizer, prompts: list[list[Prompt]], batch_tokens: int, what: str) -> list[float]:
@@ -201,8 +204,8 @@ class Passkey(ModelOptions):
     """Keys for each k, and for each cell of the grid."""
     grid_lengths: tuple[int, ...] = ()
     """Also measure by depth and length, at these lengths."""
-    grid_depths: int = 11
-    """Depths of the grid, evenly spaced from the beginning of the text to its end."""
+    grid_depths: tuple[float, ...] = tuple(i / 10 for i in range(11))
+    """Depths of the grid: shares of the filler that stand before the key."""
     seed: int = 0
     """Of the keys."""
     figure: str = ""
@@ -210,9 +213,11 @@ class Passkey(ModelOptions):
 
 
 def _check(args: Passkey) -> None:
-    for name in ("distances", "trials", "grid_depths"):
+    for name in ("distances", "trials"):
         if getattr(args, name) < 1:
-            raise InputError(f"{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+            raise InputError(f"{name} is {getattr(args, name)}: it must be at least 1")
+    if not args.grid_depths or not all(0 <= depth <= 1 for depth in args.grid_depths):
+        raise InputError(f"grid-depths is {args.grid_depths}: depths must lie between 0 and 1")
     if args.seed < 0:
         raise InputError(f"seed is {args.seed}: it must be 0 or more")
     cli.require_writable(args.output)
