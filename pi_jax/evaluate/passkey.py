@@ -301,12 +301,20 @@ def draw(path: str, report: dict[str, Any]) -> None:
     figure, (axes,) = theory.new_figure(8, 4.8, 1)
     if grid:
         columns, rows = len(grid["lengths"]), len(grid["depths"])
-        image = axes.imshow(100 * np.array(grid["success"]), cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        image = axes.imshow(100 * np.array(grid["success"]), cmap="viridis", vmin=0, vmax=100, aspect="auto")
         axes.set_xticks(range(columns), [f"{n:,}" for n in grid["lengths"]])
         axes.set_yticks(range(rows), [f"{d:.0%}" for d in grid["depths"]])
         for i, row in enumerate(grid["success"]):
             for j, value in enumerate(row):
-                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+                axes.text(
+                    j,
+                    i,
+                    f"{100 * value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value < 0.6 else "black",
+                )
         figure.colorbar(image, ax=axes, label="key found (% of trials)")
         axes.set(xlabel="length of input and answer (tokens)", ylabel="depth of the key (share of the text before it)")
     else:
@@ -317,10 +325,9 @@ def draw(path: str, report: dict[str, Any]) -> None:
         axes.set(xlabel="k: tokens from the key to the end", ylabel="key found (% of trials)", ylim=(-4, 104))
         axes.grid(alpha=0.3)
         axes.legend()
-    name = pathlib.Path(report["model"]).name
     trials = report["protocol"]["trials"]
     axes.set_title(
-        f"Passkey, {name}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
+        f"Passkey, {report['model']}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
     )
     temporary = pathlib.Path(path).with_name(pathlib.Path(path).name + ".tmp")
     try:
