@@ -27,6 +27,7 @@ from pi_jax import cache, cli, rope, sampling, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.errors import InputError
 from pi_jax.model import Block, Llama, RMSNorm, parameter_axes
+from pi_jax.streaming import Stream
 
 _SMALLEST = 16
 """Tokens of the smallest chunk: a prompt's first chunk is a power of two from here on, so that few shapes compile."""
@@ -246,6 +247,22 @@ def _last_logits(norm: RMSNorm, head: nnx.Param, x_BSD) -> Float[Array, "B V"]:
     return sharding.gather_sequence(logits_B1V)[:, 0]
 
 
+def require_mesh(mesh: jax.sharding.Mesh, config: ModelConfig) -> None:
+    """Checks, before weights are read, that the model divides over the mesh.
+
+    Raises:
+      InputError: naming the size and the devices.
+    """
+    sizes = {
+        "hidden_size": (config.hidden_size, "embed"),
+        "num_attention_heads": (config.num_attention_heads, "heads"),
+        "num_key_value_heads": (config.num_key_value_heads, "kv_heads"),
+        "intermediate_size": (config.intermediate_size, "mlp"),
+        "vocab_size": (config.vocab_size, "vocab"),
+    }
+    sharding.require_divisible(mesh, {f"the model's {name}": size for name, size in sizes.items()})
+
+
 def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
     """What ends a text: the model's end tokens and the tokenizer's."""
     eos = config.eos_token_id
@@ -316,10 +333,11 @@ def generate(args: Generate) -> list[str]:
     length = max(map(len, prompts)) + args.max_new_tokens
     warn_beyond_window(source.config, length)
     mesh = sharding.make_mesh(args.mesh)
+    require_mesh(mesh, source.config)
     with jax.set_mesh(mesh):
         compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
         generator = Generator(source.load(compute, mesh), mesh, max_length=max(length, 2), chunk=args.chunk)
-    stream = _Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
+    stream = Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
     new = generator(
         prompts,
         args.max_new_tokens,
@@ -360,28 +378,6 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
     message = [{"role": "user", "content": text}]
     whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
-
-
-class _Stream:
-    """Prints a text as its tokens come: a character of several tokens when it is whole."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer, self._tokens, self._shown = tokenizer, [], ""
-
-    def __call__(self, _: int, token: int) -> None:
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._show(text)
-
-    def close(self) -> None:
-        """Shows what is left, and ends the line."""
-        self._show(self._tokenizer.decode(self._tokens))
-        print()
-
-    def _show(self, text: str) -> None:
-        print(text[len(self._shown) :], end="", flush=True)
-        self._shown = text
 
 
 def main(argv: Sequence[str] | None = None) -> None:

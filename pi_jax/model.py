@@ -154,16 +154,17 @@ class MLP(nnx.Module):
         self.down = _weight(keys[2], (D, F), ("embed", "mlp"), compute.param_dtype)
 
     def __call__(self, x_BSD):
-        gate, up, down = (_use(w, self.compute.dtype) for w in (self.gate, self.up, self.down))
-        if x_BSD.shape[1] == 1:  # a step of generation: joining the weights would cost more than their products
+        gate, up = (_use(w, self.compute.dtype) for w in (self.gate, self.up))
+        if x_BSD.shape[1] == 1:  # a step of generation: joining the weights would cost ten times their products
             axes = ("batch", "sequence", "mlp")
             gate_BSF, up_BSF = (sharding.einsum("BSD,FD->BSF", x_BSD, w, axes=axes) for w in (gate, up))
+            hidden_BSF = jax.nn.silu(gate_BSF) * up_BSF
         else:
             # One product for both: its gradient reads the input once (a quarter less time for the layer on a CPU).
             wide = ("batch", "sequence", None, "mlp")
             both_BSCF = sharding.einsum("BSD,CFD->BSCF", x_BSD, jnp.stack([gate, up]), axes=wide)
-            gate_BSF, up_BSF = both_BSCF[:, :, 0], both_BSCF[:, :, 1]
-        hidden_BSF = jax.nn.silu(gate_BSF) * up_BSF
+            hidden_BSF = jax.nn.silu(both_BSCF[:, :, 0]) * both_BSCF[:, :, 1]
+        down = _use(self.down, self.compute.dtype)
         return sharding.einsum("BSF,DF->BSD", hidden_BSF, down, axes=("batch", "sequence", None))
 
 

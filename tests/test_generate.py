@@ -15,6 +15,7 @@ from pi_jax.convert import hf
 from pi_jax.errors import InputError
 from pi_jax.generate import Generator
 from pi_jax.model import Llama
+from pi_jax.streaming import Stream
 from pi_jax.testing import tiny_model_config
 
 FLOAT32 = ComputeConfig(dtype="float32", remat="none")
@@ -210,7 +211,7 @@ def test_a_stream_waits_for_the_whole_character(inputs, capsys):
     from pi_jax.data.prepare import load_tokenizer
 
     tokenizer = load_tokenizer(inputs["tokenizer"])
-    stream = generate._Stream(tokenizer)
+    stream = Stream(tokenizer)
     shown = []
     for token in tokenizer("aé€")["input_ids"]:
         stream(0, token)
@@ -228,6 +229,7 @@ def test_a_stream_waits_for_the_whole_character(inputs, capsys):
         ({"--prompt-file": "no.txt"}, "no.txt cannot be read"),
         ({"--chat": None}, "has no chat template"),
         ({"--max-new-tokens": "0"}, "max_new_tokens is 0"),
+        ({"--mesh.tensor": "8"}, "the model's num_attention_heads is 4, which does not divide over 8 devices"),
         ({"--chunk": "0"}, "chunk is 0"),
         ({"--output": "/proc/none/x.json"}, "/proc/none/x.json cannot be written"),
     ],

@@ -12,7 +12,7 @@ from pi_jax import cli, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.convert.sources import open_model
 from pi_jax.errors import InputError
-from pi_jax.generate import Generator, stop_tokens, warn_beyond_window
+from pi_jax.generate import Generator, require_mesh, stop_tokens, warn_beyond_window
 
 BATCH_TOKENS = 32768
 """Tokens of prompts that are read side by side, where nothing else is asked for."""
@@ -56,6 +56,7 @@ def open_generator(options: ModelOptions, longest: int) -> tuple[Generator, Any,
         )
     warn_beyond_window(source.config, longest)
     mesh = sharding.make_mesh(options.mesh)
+    require_mesh(mesh, source.config)
     compute = ComputeConfig(dtype=options.dtype, param_dtype=options.dtype, remat="none")
     with jax.set_mesh(mesh):
         return Generator(source.load(compute, mesh), mesh, max_length=longest), tokenizer, source.config

@@ -164,22 +164,25 @@ def measure_grid(
     generator: Generator,
     tokenizer: Any,
     lengths: Sequence[int],
-    depths: int,
+    depths: Sequence[float],
     trials: int,
     seed: int,
     batch_tokens: int,
 ) -> dict[str, Any]:
     """Success by depth of the key (rows) and length of the input with its answer (columns)."""
     make = PromptMaker(tokenizer)
-    shares = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
     columns = []
     for length in lengths:
         prompts = [
-            [make(length - NEW_TOKENS, _key(seed, length, i, t, 1), depth=share) for t in range(trials)]
-            for i, share in enumerate(shares)
+            [make(length - NEW_TOKENS, _key(seed, length, i, t, 1), depth=depth) for t in range(trials)]
+            for i, depth in enumerate(depths)
         ]
         columns.append(_rates(generator, tokenizer, prompts, batch_tokens, f"passkey grid {length}"))
-    return {"depths": shares, "lengths": list(lengths), "success": [list(row) for row in zip(*columns, strict=True)]}
+    return {
+        "depths": list(depths),
+        "lengths": list(lengths),
+        "success": [list(row) for row in zip(*columns, strict=True)],
+    }
 
 
 def _rates(generator, tokenizer, prompts: list[list[Prompt]], batch_tokens: int, what: str) -> list[float]:
@@ -201,8 +204,8 @@ class Passkey(ModelOptions):
     """Keys for each k, and for each cell of the grid."""
     grid_lengths: tuple[int, ...] = ()
     """Also measure by depth and length, at these lengths."""
-    grid_depths: int = 11
-    """Depths of the grid, evenly spaced from the beginning of the text to its end."""
+    grid_depths: tuple[float, ...] = tuple(i / 10 for i in range(11))
+    """Depths of the grid: shares of the filler that stand before the key."""
     seed: int = 0
     """Of the keys."""
     figure: str = ""
@@ -210,9 +213,11 @@ class Passkey(ModelOptions):
 
 
 def _check(args: Passkey) -> None:
-    for name in ("distances", "trials", "grid_depths"):
+    for name in ("distances", "trials"):
         if getattr(args, name) < 1:
-            raise InputError(f"{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+            raise InputError(f"{name} is {getattr(args, name)}: it must be at least 1")
+    if not args.grid_depths or not all(0 <= depth <= 1 for depth in args.grid_depths):
+        raise InputError(f"grid-depths is {args.grid_depths}: depths must lie between 0 and 1")
     if args.seed < 0:
         raise InputError(f"seed is {args.seed}: it must be 0 or more")
     cli.require_writable(args.output)
@@ -296,12 +301,20 @@ def draw(path: str, report: dict[str, Any]) -> None:
     figure, (axes,) = theory.new_figure(8, 4.8, 1)
     if grid:
         columns, rows = len(grid["lengths"]), len(grid["depths"])
-        image = axes.imshow(100 * np.array(grid["success"]), cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        image = axes.imshow(100 * np.array(grid["success"]), cmap="viridis", vmin=0, vmax=100, aspect="auto")
         axes.set_xticks(range(columns), [f"{n:,}" for n in grid["lengths"]])
         axes.set_yticks(range(rows), [f"{d:.0%}" for d in grid["depths"]])
         for i, row in enumerate(grid["success"]):
             for j, value in enumerate(row):
-                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+                axes.text(
+                    j,
+                    i,
+                    f"{100 * value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value < 0.6 else "black",
+                )
         figure.colorbar(image, ax=axes, label="key found (% of trials)")
         axes.set(xlabel="length of input and answer (tokens)", ylabel="depth of the key (share of the text before it)")
     else:
@@ -312,10 +325,9 @@ def draw(path: str, report: dict[str, Any]) -> None:
         axes.set(xlabel="k: tokens from the key to the end", ylabel="key found (% of trials)", ylim=(-4, 104))
         axes.grid(alpha=0.3)
         axes.legend()
-    name = pathlib.Path(report["model"]).name
     trials = report["protocol"]["trials"]
     axes.set_title(
-        f"Passkey, {name}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
+        f"Passkey, {report['model']}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
     )
     temporary = pathlib.Path(path).with_name(pathlib.Path(path).name + ".tmp")
     try:

@@ -120,14 +120,14 @@ def test_always_zero_scores_zero_and_the_key_scores_all(inputs):
         assert (found["k_max"], found["k_max_strict"], found["success"]) == (k_max, k_max, rate)
         assert {len(p) for p in model.asked} == {800 - passkey.NEW_TOKENS} and len(model.asked) >= 12
         assert len({_key_in(tokenizer.decode(p)) for p in model.asked}) == 12
-        grid = passkey.measure_grid(model, tokenizer, [600, 900], 3, 2, 0, batch_tokens=4000)
+        grid = passkey.measure_grid(model, tokenizer, [600, 900], [0.0, 0.5, 1.0], 2, 0, batch_tokens=4000)
         assert grid["success"] == [[rate] * 2] * 3 and grid["depths"] == [0.0, 0.5, 1.0]
 
 
 def test_the_grid_shows_where_a_reader_of_the_end_fails(inputs):
     tokenizer = load_tokenizer(inputs["tokenizer"])
     model = _Answers(tokenizer, lambda text: match[1] if (match := re.search(r"(\d{5}) is the", text[-400:])) else "?")
-    grid = passkey.measure_grid(model, tokenizer, [600, 1200], 5, 1, 0, batch_tokens=4000)
+    grid = passkey.measure_grid(model, tokenizer, [600, 1200], [0.0, 0.25, 0.5, 0.75, 1.0], 1, 0, batch_tokens=4000)
     assert [row[1] for row in grid["success"]] == [0.0, 0.0, 0.0, 1.0, 1.0]
     found = passkey.measure_distances(model, tokenizer, 1200, 6, 1, 0, batch_tokens=4000)
     assert found["k_max"] == 400
@@ -137,7 +137,7 @@ def test_the_command_writes_what_it_prints_and_draws(inputs, tmp_path, capsys):
     out, figure = tmp_path / "r.json", tmp_path / "r.png"
     passkey.main(
         ["--model", inputs["model"], "--lengths", "448", "--distances", "2", "--trials", "2", "--grid-lengths", "440"]
-        + ["448", "--grid-depths", "2", "--output", str(out), "--figure", str(figure)]
+        + ["448", "--grid-depths", "0", "1", "--output", str(out), "--figure", str(figure)]
     )
     report = json.loads(out.read_text())
     assert report["command"] == "passkey" and report["results"][0]["length"] == 448
@@ -154,6 +154,7 @@ def test_the_command_writes_what_it_prints_and_draws(inputs, tmp_path, capsys):
         ({"--model": "nowhere"}, "nowhere: there is no such folder"),
         ({"--lengths": "100"}, "length 100 is too short"),
         ({"--trials": "0"}, "trials is 0"),
+        ({"--grid-depths": "1.5"}, "grid-depths is (1.5,)"),
         ({"--seed": "-1"}, "seed is -1"),
         ({"--output": "/proc/none/x.json"}, "/proc/none/x.json cannot be written"),
         ({"--figure": "/proc/none/x.png"}, "/proc/none/x.png cannot be written"),
