@@ -13,7 +13,8 @@ from pi_jax.errors import InputError
 COMMANDS = {
     "prepare": "text to tokens",
     "train": "fine-tune with a longer window",
-    "evaluate": "prove the window: perplexity",
+    "evaluate": "prove the window: perplexity, passkey, RULER, standard benchmarks, summaries; a report",
+    "generate": "text from a model",
     "convert": "weights in and out: Hugging Face and Meta folders, pi_jax runs",
     "theory": "the paper's bounds and figures, checked; a model's attention scores, measured",
 }

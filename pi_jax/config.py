@@ -168,6 +168,8 @@ class DataConfig:
     """Stop attention between the documents of a row."""
     reset_positions: bool = False
     """Count RoPE positions from 0 in each document. With short documents no long distance is ever trained."""
+    mask_prompts: bool = False
+    """Give weight 0 to the prompt of each document (`prepare --prompt-field`): the loss is on what follows it only."""
     pose_window: int = 0
     """Train for a window of this many tokens on rows of only `window` (PoSE): a jump at a random place of each row lets
     its positions reach that far. 0: off."""
@@ -286,20 +288,34 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Perplexity on held-out text after the last step; nothing is evaluated without `data`."""
+    """Perplexity on held-out text and passkey retrieval: after the last step, and during the run if asked for."""
+
+    every: int = 0
+    """Steps between evaluations, the first one before the first step; 0: only after the last step."""
 
     data: tuple[str, ...] = ()
-    """Text files, folders or globs."""
+    """Text files, folders or globs; without any there is no perplexity."""
     windows: tuple[int, ...] = ()
     """Window sizes in tokens; empty: the training window."""
     stride: int = 256
     """Tokens a window advances: each later token is scored with at least window - stride tokens before it."""
     max_tokens: int | None = None
     """Cut documents to this many tokens."""
+    passkey_lengths: tuple[int, ...] = ()
+    """Windows in tokens at which k_max is measured; empty: no passkey."""
+    passkey_distances: int = 32
+    """Distances of the key for each length."""
+    passkey_trials: int = 10
+    """Keys for each distance."""
 
     def __post_init__(self):
         _require_types("evaluate", self)
-        _require_positive("evaluate", self, "stride")
+        _require_positive("evaluate", self, "stride", "passkey_distances", "passkey_trials")
+        _require(self.every >= 0, f"evaluate.every is {self.every}: it must be 0 or more")
+        something = self.data or self.passkey_lengths
+        _require(not self.every or something, "evaluate.every is set: it needs evaluate.data or passkey_lengths")
+        for length in self.passkey_lengths:
+            _require(length > 0, f"evaluate.passkey_lengths has {length}: a window is a positive number of tokens")
         if self.max_tokens is not None:
             _require(self.max_tokens >= 2, f"evaluate.max_tokens is {self.max_tokens}: it must be at least 2")
         for window in self.windows:
@@ -438,7 +454,15 @@ def smoke(config: Config) -> Config:
             config.checkpoint, every=4, export_hf_every=4 if config.checkpoint.export_hf_every else 0
         ),
         evaluate=dataclasses.replace(
-            config.evaluate, data=(BUILTIN,), windows=tuple(sorted({64, window})), stride=32, max_tokens=4 * window
+            config.evaluate,
+            every=4 if config.evaluate.every else 0,
+            data=(BUILTIN,),
+            windows=tuple(sorted({64, window})),
+            stride=32,
+            max_tokens=4 * window,
+            passkey_lengths=(512,) if config.evaluate.passkey_lengths else (),  # of bytes: the prompt alone has 400
+            passkey_distances=2,
+            passkey_trials=2,
         ),
         compute=dataclasses.replace(config.compute, loss_chunk=min(config.compute.loss_chunk, window // 2)),
         logging=dataclasses.replace(config.logging, every=2),

@@ -12,25 +12,39 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pi_jax import sharding
 from pi_jax.model import Llama
 
 
-def token_losses(
-    hidden_BSD: Float[Array, "B S D"], weights_VD: Float[Array, "V D"], targets_BS: Int[Array, "B S"], chunk: int
-) -> Float[Array, "B S"]:
-    """Negative log-probability (nats, float32) of each target; for evaluation, not for gradients.
+def score_tokens(
+    hidden_BSD: Float[Array, "B S D"],
+    weights_VD: Float[Array, "V D"],
+    targets_BS: Int[Array, "B S"],
+    chunk: int,
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """Losses and greedy hits of the targets [start, stop) of each row; for evaluation, not for gradients.
+
+    Logits are computed only for the chunks that this range touches; which ones is known at run time, so that one
+    compiled program serves every range.
 
     Args:
-      hidden_BSD: final hidden states.
+      hidden_BSD: final hidden states, each the one that predicts the target at its place; the sequence is not split.
       weights_VD: output projection, in the dtype of the product; the softmax is float32.
-      targets_BS: the token that follows each position.
+      targets_BS: the tokens predicted.
       chunk: tokens of a row whose logits exist at one time.
+      start: first place scored.
+      stop: place after the last one scored.
+
+    Returns:
+      Negative log-probability (nats, float32) of each target, and whether it is the most probable token; 0 and False
+      in chunks outside the range.
     """
-    local = functools.partial(_token_losses, chunk)
-    return sharding.on_token_shards(local, hidden_BSD, weights_VD, targets_BS, summed=False)
+    local = functools.partial(_score_tokens, chunk)
+    return sharding.on_token_shards(local, hidden_BSD, weights_VD, targets_BS, start, stop, summed=False)
 
 
 def weighted_loss(
@@ -40,9 +54,26 @@ def weighted_loss(
     loss_weights_BS: Float[Array, "B S"],
     chunk: int,
 ) -> Float[Array, ""]:
-    """Sum of `token_losses` times `loss_weights_BS` (float32), differentiable by hidden states and projection."""
+    """Sum of the targets' losses times `loss_weights_BS` (float32), differentiable by hidden states and projection."""
     local = functools.partial(_weighted_loss, chunk)
     return sharding.on_token_shards(local, hidden_BSD, weights_VD, targets_BS, loss_weights_BS, summed=True)
+
+
+def _score_tokens(chunk, hidden_BSD, weights_VD, targets_BS, start, stop):
+    length = targets_BS.shape[1]
+    hidden_CBZD, targets_CBZ = _chunks(hidden_BSD, chunk), _chunks(targets_BS, chunk)
+    size = targets_CBZ.shape[2]
+
+    def one(c, scores):
+        logits_BZV = _logits(hidden_CBZD[c], weights_VD)
+        losses_BZ, _ = _negative_log_probability(logits_BZV, targets_CBZ[c])
+        picked_BZ = jnp.take_along_axis(logits_BZV, targets_CBZ[c][..., None], axis=-1)[..., 0]
+        greedy_BZ = picked_BZ >= jnp.max(logits_BZV, axis=-1)
+        return tuple(x.at[c].set(part) for x, part in zip(scores, (losses_BZ, greedy_BZ), strict=True))
+
+    nothing = (jnp.zeros(targets_CBZ.shape, jnp.float32), jnp.zeros(targets_CBZ.shape, bool))
+    scores = jax.lax.fori_loop(start // size, -(-stop // size), one, nothing)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(len(targets_BS), -1)[:, :length] for x in scores)
 
 
 def _token_losses(chunk, hidden_BSD, weights_VD, targets_BS):

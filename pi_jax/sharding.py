@@ -78,6 +78,19 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Explicit,) * 4, devices=devices)
 
 
+def for_generation(mesh: Mesh) -> Mesh:
+    """The same devices with those of the context axis given to rows: one new token has no sequence to split."""
+    sizes = dict(mesh.shape) | {"context": 1, "data": mesh.shape["data"] * mesh.shape["context"]}
+    # data, fsdp, context, tensor -> data, context, fsdp, tensor: parameters stay where they are.
+    devices = mesh.devices.transpose(0, 2, 1, 3).reshape(tuple(sizes.values()))
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES.batch)
+
+
 def require_divisible(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
     """Checks that dimensions divide over the mesh; `sizes` maps a field's name to (its size, logical axis).
 
@@ -127,6 +140,11 @@ def gather_sequence(x_BS):
     return jax.reshard(x_BS, GATHERED.spec(("batch",) + (None,) * (x_BS.ndim - 1))) if _in_mesh() else x_BS
 
 
+def on_every_device(tree):
+    """Arrays made whole on every device, so that every process can read them."""
+    return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), tree) if _in_mesh() else tree
+
+
 def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
     """Calls `attention(q, k, v, segment_ids=[, q_positions=])` on each device's own rows, heads and queries.
 
@@ -153,6 +171,13 @@ def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
     return jax.shard_map(local, out_specs=out_specs, check_vma=False)(q_BSNH, k_BSKH, v_BSKH, *segments)
 
 
+def on_rows_and_heads(function, *arrays, out: tuple[LogicalAxes, ...]):
+    """Calls `function(*arrays)` on each device's own rows and heads; `out` names the axes of its results."""
+    if not _in_mesh():
+        return function(*arrays)
+    return jax.shard_map(function, out_specs=tuple(GATHERED.spec(axes) for axes in out), check_vma=False)(*arrays)
+
+
 def on_token_shards(function, hidden, weight, *arrays, summed: bool):
     """Calls `function(hidden, weight, *arrays)` on each device's own tokens, with the whole weight.
 
@@ -177,7 +202,30 @@ def _names(part) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part)
 
 
+def put_tree(mesh: Mesh, tree, axes: dict[str, LogicalAxes]):
+    """Parameters on (another arrangement of) a mesh, by the logical axes of their names."""
+    return jax.device_put(tree, shard_tree(mesh, tree, axes))
+
+
+def put_same(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A global batch, [B, S] or [B] each, that every process holds whole: each places what its own devices need."""
+    axes = ("batch", "sequence")
+    return {
+        k: jax.make_array_from_callback(v.shape, named(mesh, axes[: v.ndim]), v.__getitem__) for k, v in batch.items()
+    }
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole of an array on every process, wherever its parts are."""
+    return np.asarray(x if x.is_fully_addressable or x.is_fully_replicated else _gathered(x))
+
+
+@jax.jit
+def _gathered(x):
+    return on_every_device(x)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A host's rows of a global batch, [B, S] each, as global arrays split over batch and sequence."""
-    sharding = named(mesh, ("batch", "sequence"))
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    """A host's rows of a global batch, [B, S] or [B] each, as global arrays split over batch and sequence."""
+    axes = ("batch", "sequence")
+    return {k: jax.make_array_from_process_local_data(named(mesh, axes[: v.ndim]), v) for k, v in batch.items()}

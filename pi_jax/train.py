@@ -25,7 +25,7 @@ from pi_jax.convert.sources import RUN_CHECKPOINTS, RUN_MODEL, open_model
 from pi_jax.data.pipeline import Pipeline, open_pipeline
 from pi_jax.distributed import require_one_process
 from pi_jax.errors import InputError
-from pi_jax.evaluate import perplexity
+from pi_jax.evaluate.during_training import Evaluation
 from pi_jax.loss import batch_loss
 from pi_jax.metrics import note
 from pi_jax.model import Llama, abstract, parameter_axes
@@ -97,7 +97,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     _check(config, model_config, pipeline, files, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    heldout = _heldout(config, model_config, files)
+    evaluation = Evaluation(config, model_config, files)
     _require_folder(output)
     note(summary)
     note(f"Model: {model_config.num_parameters():,} parameters, {model_config.rope}; mesh {dict(mesh.shape)}")
@@ -128,6 +128,9 @@ def train(config: Config, base: Config) -> dict[str, Any]:
         window_values, since = [], time.monotonic()
         last_log = first
         with metrics.Metrics(output, config.logging, flatten(config), first) as log:
+            if first == 0 and config.evaluate.every:
+                evaluation(state.model, mesh, 0, log)
+                since = time.monotonic()
             for index, batch in zip(range(first, config.train.steps), pipeline.iterate(first, rows), strict=False):
                 state, values = step_fn(state, sharding.put_batch(mesh, batch))
                 window_values.append(values)
@@ -153,6 +156,11 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                     note(metrics.console_line(step, config.train.steps, means, left) + compiling)
                     window_values, since, last_log = [], time.monotonic(), step
                 checkpoints.save(step, state, resumes, last=step == config.train.steps)
+                if config.evaluate.every and step % config.evaluate.every == 0 and step < config.train.steps:
+                    jax.block_until_ready(state)  # what the device still owes is training time
+                    started = time.monotonic()
+                    evaluation(state.model, mesh, step, log)
+                    since += time.monotonic() - started
                 if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
                     before = time.monotonic()
                     _export(output, step, state.model, config.checkpoint.export_dtype)
@@ -160,15 +168,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
 
             # ---- Result.
             result = {"steps": config.train.steps, "final": means if first < config.train.steps else None}
-            if heldout:
-                names, documents, windows = heldout
-                result["perplexity"] = perplexity.evaluate_model(
-                    state.model, mesh, names, documents, windows, config.evaluate.stride
-                )
-                note(f"Held-out perplexity ({len(names)} documents), by position in the document:")
-                note(perplexity.table(result["perplexity"]))
-                values = {f"perplexity/{r['window']}": r["perplexity"] for r in result["perplexity"]}
-                log.write(config.train.steps, values)
+            result |= evaluation(state.model, mesh, config.train.steps, log)
     if jax.process_index() == 0:
         cli.write_json(str(output / "result.json"), result)
     note(
@@ -272,16 +272,6 @@ def _vocab_hash(files: str) -> str | None:
     if not any((pathlib.Path(files) / name).is_file() for name in hf.TOKENIZER_FILES):
         return None
     return TokenizerInfo.of(files, load_tokenizer(files).get_vocab()).vocab_hash
-
-
-def _heldout(config: Config, model: ModelConfig, files: str):
-    """Names, tokens and windows of the final evaluation, or None."""
-    if not config.evaluate.data:
-        return None
-    names, documents = perplexity.read_tokens(config.evaluate.data, files, model.vocab_size, config.evaluate.max_tokens)
-    windows = config.evaluate.windows or (config.data.window,)
-    perplexity.check_windows(documents, windows, config.evaluate.stride)
-    return names, documents, windows
 
 
 def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> TrainState:

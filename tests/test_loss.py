@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax.loss import token_losses, weighted_loss
+from pi_jax.loss import score_tokens, weighted_loss
 
 
 def _dense(hidden, weights, targets, loss_weights):
@@ -27,8 +27,23 @@ def test_value_and_gradients_do_not_depend_on_the_chunk(inputs, chunk):
     found = jax.value_and_grad(lambda *x: weighted_loss(*x, chunk), (0, 1))(*inputs)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    by_token = token_losses(*inputs[:3], chunk)
+    by_token, _ = score_tokens(*inputs[:3], chunk, 0, 37)
     np.testing.assert_allclose(jnp.sum(by_token * inputs[3]), expected[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 37), (11, 19), (36, 37), (8, 8)])
+def test_only_what_is_scored_is_computed(inputs, start, stop):
+    hidden, weights, targets, _ = inputs
+    logits = jnp.einsum("BSD,VD->BSV", hidden, weights)
+    targets = jnp.where(jnp.arange(37) % 3 == 0, jnp.argmax(logits, -1), targets)
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    low, high = start // 8 * 8, -(-stop // 8) * 8
+    outside = (jnp.arange(37) < low) | (jnp.arange(37) >= high)
+    poisoned = jnp.where(outside[:, None], jnp.nan, hidden)
+    losses, greedy = score_tokens(poisoned, weights, targets, 8, start, stop)
+    np.testing.assert_allclose(losses[:, start:stop], expected[:, start:stop], atol=1e-5)
+    np.testing.assert_array_equal(greedy[:, start:stop], (jnp.argmax(logits, -1) == targets)[:, start:stop])
+    assert not np.any(losses[:, outside]) and not np.any(greedy[:, outside])
 
 
 def test_the_gradient_is_scaled_by_what_comes_after(inputs):

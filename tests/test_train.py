@@ -56,6 +56,47 @@ def _with(config, **sections):
     )
 
 
+def test_evaluation_inside_a_run_is_logged_and_changes_nothing(config, inputs, tmp_path):
+    plain = train.train(config, config)
+    evaluated = dataclasses.replace(
+        _with(config, train={"output": str(tmp_path / "evaluated")}),
+        evaluate=EvaluateConfig(
+            every=3,
+            data=(inputs["heldout"],),
+            windows=(64,),
+            stride=32,
+            max_tokens=128,
+            passkey_lengths=(448,),
+            passkey_distances=2,
+            passkey_trials=1,
+        ),
+    )
+    result = train.train(evaluated, evaluated)
+    assert _losses(config) == _losses(evaluated) and plain["final"]["loss"] == result["final"]["loss"]
+    lines = [json.loads(x) for x in (tmp_path / "evaluated" / "metrics.jsonl").read_text().splitlines()]
+    found = {x["step"]: x for x in lines if "perplexity/64" in x}
+    assert sorted(found) == [0, 3, 6]
+    assert found[6]["perplexity/64"] == result["perplexity"][0]["perplexity"] < found[0]["perplexity/64"]
+    assert all(x["passkey/448"] == 0 and x["passkey_success/448"] == 0.0 for x in found.values())
+    assert [r["k"] for r in result["passkey"][0]["by_distance"]] == [224, 448]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every": 2}, "evaluate.every is set: it needs evaluate.data or passkey_lengths"),
+        ({"every": -1}, "evaluate.every is -1"),
+        ({"passkey_lengths": (0,)}, "passkey_lengths has 0"),
+        ({"passkey_lengths": (100,)}, "passkey_lengths has 100: with this tokenizer .* at least 435 tokens"),
+        ({"passkey_lengths": (448,), "passkey_trials": 0}, "passkey_trials is 0"),
+    ],
+)
+def test_evaluation_that_cannot_be_done_is_said_before_the_first_step(config, changes, message):
+    with pytest.raises(InputError, match=message):
+        train.train(dataclasses.replace(config, evaluate=EvaluateConfig(**changes)), config)
+    assert not pathlib.Path(config.train.output).exists()
+
+
 def _losses(config):
     lines = (pathlib.Path(config.train.output) / "metrics.jsonl").read_text().splitlines()
     return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}

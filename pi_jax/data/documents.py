@@ -34,6 +34,8 @@ class Document:
     text: str
     file_bytes: int
     """Bytes of the file that were read for this document: they add up to about the file's size."""
+    prompt: str = ""
+    """What stands before the text and is given, not predicted; from the prompt field, where one is asked for."""
 
 
 def find_files(paths: Sequence[str]) -> list[str]:
@@ -70,12 +72,13 @@ def _supported(file: str) -> str:
     return file
 
 
-def read_documents(paths: Sequence[str], text_field: str = "text") -> Iterator[Document]:
+def read_documents(paths: Sequence[str], text_field: str = "text", prompt_field: str = "") -> Iterator[Document]:
     """Every document of some files, folders or globs, in order.
 
     Args:
       paths: see `find_files`.
       text_field: field of a .jsonl line or column of a .parquet file that holds the text.
+      prompt_field: field with the document's prompt; empty: there is none.
 
     Yields:
       Documents, empty ones too.
@@ -87,11 +90,13 @@ def read_documents(paths: Sequence[str], text_field: str = "text") -> Iterator[D
     for file in find_files(paths):
         try:
             if file.lower().endswith(".txt"):
+                if prompt_field:
+                    raise InputError(f"{file}: a .txt file has no field {prompt_field!r}: use .jsonl or .parquet")
                 yield _read_text(file)
             elif file.lower().endswith(".parquet"):
-                yield from _read_parquet(file, text_field)
+                yield from _read_parquet(file, text_field, prompt_field)
             else:
-                yield from _read_jsonl(file, text_field)
+                yield from _read_jsonl(file, text_field, prompt_field)
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
 
@@ -101,7 +106,7 @@ def _read_text(file: str) -> Document:
     return Document(file, _decode(file, data, "utf-8-sig"), len(data))
 
 
-def _read_jsonl(file: str, field: str) -> Iterator[Document]:
+def _read_jsonl(file: str, field: str, prompt_field: str) -> Iterator[Document]:
     codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(file)[1].lower())
     with open(file, "rb") as raw:
         # Arrow's stream notices a file that is cut short; the zstandard package's reader just ends.
@@ -112,10 +117,13 @@ def _read_jsonl(file: str, field: str) -> Iterator[Document]:
                 continue
             where = f"{file} line {number}"
             record = _parse(where, _decode(where, line, "utf-8-sig" if number == 1 else "utf-8"))
-            if field not in record:
-                raise InputError(f"{where} has no field {field!r}: its fields are {_listed(record)}")
+            for name in filter(None, (field, prompt_field)):
+                if name not in record:
+                    raise InputError(f"{where} has no field {name!r}: its fields are {_listed(record)}")
+            text = _checked(where, field, record[field])
+            prompt = _checked(where, prompt_field, record[prompt_field]) if prompt_field else ""
             now = raw.tell()
-            yield Document(f"{file}:{number}", _checked(where, field, record[field]), now - before)
+            yield Document(f"{file}:{number}", text, now - before, prompt)
             before = now
 
 
@@ -130,27 +138,29 @@ def _parse(where: str, line: str) -> dict[str, Any]:
     return record
 
 
-def _read_parquet(file: str, field: str) -> Iterator[Document]:
+def _read_parquet(file: str, field: str, prompt_field: str) -> Iterator[Document]:
     try:
         # The defaults hold the column of the whole file in memory; this way it is a page and a buffer.
         table = pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise InputError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from None
     with table:
-        names = table.schema_arrow.names
-        if field not in names:
-            raise InputError(f"{file} has no column {field!r}: its columns are {_listed(names)}")
+        names, wanted = table.schema_arrow.names, [name for name in (field, prompt_field) if name]
+        for name in wanted:
+            if name not in names:
+                raise InputError(f"{file} has no column {name!r}: its columns are {_listed(names)}")
         size, rows, number = os.path.getsize(file), table.metadata.num_rows, 0
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-            for scalar in batch.column(0):
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
+            for scalars in zip(*(batch.column(name) for name in wanted), strict=True):
                 number += 1
                 where = f"{file} row {number}"
                 try:
-                    text = scalar.as_py()
+                    values = [scalar.as_py() for scalar in scalars]
                 except UnicodeDecodeError as error:
                     raise InputError(_not_utf8(where, error)) from None
+                text, *prompt = (_checked(where, *pair) for pair in zip(wanted, values, strict=True))
                 share = size * number // rows - size * (number - 1) // rows
-                yield Document(f"{file}:{number}", _checked(where, field, text), share)
+                yield Document(f"{file}:{number}", text, share, *prompt)
 
 
 def _decode(where: str, data: bytes, encoding: str) -> str:

@@ -13,7 +13,7 @@ import functools
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 Row = dict[str, np.ndarray]
 """Arrays [window]: tokens, targets, positions, segment_ids (all int32) and loss_weights (float32)."""
@@ -55,6 +55,12 @@ class Spans:
         first, last = np.searchsorted(self.offsets, [start + 1, stop])
         return self.offsets[first:last] - start
 
+    def in_prompt(self, row: int, prompts: Int[np.ndarray, " D"]) -> Bool[np.ndarray, " n"]:
+        """Which tokens of a row's span belong to the prompt of their document, given the prompts' lengths."""
+        tokens = np.arange(*self[row])
+        document = np.searchsorted(self.offsets, tokens, side="right") - 1
+        return tokens - self.offsets[document] < prompts[document]
+
     @functools.cached_property
     def _first_rows(self) -> np.ndarray:
         """int64 [D + 1]: with 'document', the first row of each document, and the number of rows."""
@@ -69,6 +75,7 @@ def pack(
     *,
     segment_masking: bool,
     reset_positions: bool,
+    prompt: Bool[np.ndarray, " n"] | None = None,
 ) -> Row:
     """One row, padded on the right with token 0, segment 0 and weight 0 where its span is short.
 
@@ -80,6 +87,7 @@ def pack(
         prediction of a document's first token, which the document before cannot tell. Otherwise all real
         tokens are segment 1.
       reset_positions: count positions from 0 in each document of the row. Otherwise through the whole row.
+      prompt: which tokens of `span` belong to a prompt: their prediction has weight 0. None: none does.
     """
     real = len(span) - 1
     document = np.searchsorted(boundaries, np.arange(real + 1), side="right")  # of each token, from 0
@@ -92,6 +100,8 @@ def pack(
     weights = np.ones(real, np.float32)
     if segment_masking:
         weights[document[:-1] != document[1:]] = 0
+    if prompt is not None:
+        weights[prompt[1:]] = 0
 
     def padded(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
         row = np.zeros(window, dtype)

@@ -74,6 +74,7 @@ class Rows:
             self._config.window,
             segment_masking=self._config.segment_masking,
             reset_positions=self._config.reset_positions,
+            prompt=self._spans.in_prompt(row, self._store.prompts) if self._config.mask_prompts else None,
         )
 
 
@@ -181,8 +182,8 @@ def open_pipeline(config: DataConfig) -> Pipeline:
 
     Raises:
       InputError: if there is no source, a store is missing, half-written or damaged, the tokenizers differ,
-        no document of a store fills the window while `config.require_long_documents`, or a store has no
-        whole row.
+        no document of a store fills the window while `config.require_long_documents`, a store without prompts
+        meets `config.mask_prompts`, or a store has no whole row.
     """
     if not config.sources:
         raise InputError("data.sources is empty: it must name at least one token store made by pi_jax.prepare")
@@ -199,6 +200,10 @@ def _check(store: TokenStore, first: TokenStore, config: DataConfig) -> None:
         raise InputError(
             f"the token stores {first.path} and {store.path} were made with different tokenizers: "
             "prepare both with that of the model"
+        )
+    if config.mask_prompts and store.prompts is None:
+        raise InputError(
+            f"data.mask_prompts is set, but no document of {store.path} has a prompt: prepare it with --prompt-field"
         )
     longest = int(np.diff(store.offsets).max())
     if config.require_long_documents and longest < config.window:

@@ -20,6 +20,9 @@ from pi_jax import cli
 from pi_jax.data import documents, store
 from pi_jax.errors import InputError
 
+SUMMARIZE = "Read the following article and then summarize it.\n{}\nNow summarize the above article.\nSummary:\n"
+"""The paper's prompt for GovReport (Figure 4); that the summary begins on a line of its own is our choice."""
+
 _BATCH_CHARACTERS = 2**24
 """Characters tokenized at a time; the tokenizer needs tens of bytes for each."""
 
@@ -38,6 +41,15 @@ class Options:
     """Folder of the token store to make."""
     text_field: str = "text"
     """Field of a .jsonl line or column of a .parquet file that holds the text."""
+    prompt_field: str = ""
+    """Field with what stands before the text and is given, not predicted; `data.mask_prompts` then leaves it out of the
+    loss. Empty: documents have no prompt."""
+    prompt_template: str = "{}"
+    """Words around the prompt, which takes the place of {}; 'summarize': the paper's for GovReport."""
+    max_prompt_tokens: int | None = None
+    """Keep the first so many tokens of the prompt field."""
+    max_text_tokens: int | None = None
+    """Keep the first so many tokens of the text."""
     bos: bool = False
     """Put the tokenizer's BOS token before every document."""
     eos: bool = True
@@ -54,6 +66,8 @@ class Options:
             raise InputError("--input is empty: it needs at least one text file, folder or glob")
         if self.window < 1:
             raise InputError(f"--window is {self.window}: it must be positive")
+        if self.max_text_tokens is not None and self.max_text_tokens < 1:
+            raise InputError(f"--max-text-tokens is {self.max_text_tokens}: it must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +161,32 @@ def _special(tokenizer: Any, name: str, wanted: bool) -> list[int]:
     return [token] if wanted else []
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What stands before a document's text and is given to the model, not predicted: a template with a text in it.
+
+    Training and evaluation both cut and tokenize prompts here. The words before the prompt's own text, that text and
+    the words after it are tokenized one by one, so that all three are the same wherever the text is cut.
+    """
+
+    template: str = "{}"
+    """Words with one {} for the text."""
+    max_tokens: int | None = None
+    """Tokens of the text that are kept, the first ones; None: all."""
+
+    def __post_init__(self):
+        if self.template.count("{}") != 1:
+            raise InputError(f"the prompt template is {self.template!r}: it must hold {{}} once, where the text goes")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(f"{self.max_tokens} tokens are to be kept of a prompt: the number must be positive")
+
+    def encode(self, tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each prompt, uint32 [n], without special tokens."""
+        before, after = encode(tokenizer, self.template.split("{}"), bos=False, eos=False)
+        inside = encode(tokenizer, texts, bos=False, eos=False)
+        return [np.concatenate([before, text[: self.max_tokens], after]) for text in inside]
+
+
 def prepare(options: Options) -> Summary:
     """Tokenizes the input into a token store.
 
@@ -156,6 +196,9 @@ def prepare(options: Options) -> Summary:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = load_tokenizer(options.tokenizer)
     sizes = {path: [os.path.getsize(f) for f in documents.find_files([path])] for path in options.input}
+    prompt = Prompt(
+        SUMMARIZE if options.prompt_template == "summarize" else options.prompt_template, options.max_prompt_tokens
+    )
     facts = {
         "bos": _special(tokenizer, "bos", options.bos),
         "eos": _special(tokenizer, "eos", options.eos),
@@ -171,14 +214,17 @@ def prepare(options: Options) -> Summary:
     )
     started = time.monotonic()
     with writer, _progress(total=sum(map(sum, sizes.values()))) as bar:
-        for batch in _batches(documents.read_documents(options.input, options.text_field)):
+        for batch in _batches(documents.read_documents(options.input, options.text_field, options.prompt_field)):
             texts = [document.text for document in batch]
-            for tokens in encode(tokenizer, texts, bos=options.bos, eos=options.eos):
-                if len(tokens):
-                    writer.add(tokens)
+            before = prompt.encode(tokenizer, [d.prompt for d in batch]) if options.prompt_field else [[]] * len(batch)
+            for given, own in zip(before, encode(tokenizer, texts, bos=False, eos=False), strict=True):
+                if len(own):
+                    parts = [facts["bos"], given, own[: options.max_text_tokens], facts["eos"]]
+                    length = len(facts["bos"]) + len(given) if options.prompt_field else 0
+                    writer.add(np.concatenate(parts).astype(np.uint32), prompt=length)
                 else:
                     empty += 1
-            characters += sum(map(len, texts))
+            characters += sum(len(d.text) + len(d.prompt) for d in batch)
             bar.update(sum(document.file_bytes for document in batch))
         if not writer.num_documents:
             raise InputError(f"--input {' '.join(options.input)}: there is no text in it, only {empty} empty documents")

@@ -2,6 +2,7 @@
 
     tokens/         zarr 3 array, uint16 if the vocabulary fits, else uint32
     offsets/        zarr 3 array, int64 [D + 1]: where each document starts in `tokens`, and the end
+    prompts/        zarr 3 array, int64 [D]: how many first tokens of each document are its prompt; only if any has one
     tokenizer/      the tokenizer's files, as they were
     manifest.json   what made it, how much is in it, and the size of every file; written last
 
@@ -106,7 +107,7 @@ class TokenStoreWriter:
         self._facts, self._overwrite, self._chunk = dict(facts or {}), overwrite, chunk_tokens
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self._buffer, self._filled, self._written = np.empty(shard_tokens, dtype), 0, 0
-        self._offsets, self._digest = array.array("q", [0]), hashlib.sha256()
+        self._offsets, self._prompts, self._digest = array.array("q", [0]), array.array("q"), hashlib.sha256()
 
     def __enter__(self) -> "TokenStoreWriter":
         if self._path.exists() and (not self._path.is_dir() or any(self._path.iterdir())):
@@ -122,14 +123,17 @@ class TokenStoreWriter:
             raise InputError(f"{self._path} cannot be written: {error}") from None
         return self
 
-    def add(self, tokens: Int[np.ndarray, " n"]) -> None:
-        """Appends one document of at least one token."""
+    def add(self, tokens: Int[np.ndarray, " n"], prompt: int = 0) -> None:
+        """Appends one document of at least one token, of which the first `prompt`, but not all, are its prompt."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or not len(tokens):
             raise ValueError(f"a document of shape {tokens.shape}: it needs one axis and at least one token")
         if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
             raise ValueError(f"tokens {tokens.min()}..{tokens.max()}: not of {self._tokenizer}")
+        if not 0 <= prompt < len(tokens):
+            raise ValueError(f"a prompt of {prompt} tokens in a document of {len(tokens)}")
         self._offsets.append(self._offsets[-1] + len(tokens))
+        self._prompts.append(prompt)
         while len(tokens):
             part = tokens[: len(self._buffer) - self._filled]
             self._buffer[self._filled : self._filled + len(part)] = part
@@ -162,9 +166,11 @@ class TokenStoreWriter:
         self._tokens.resize(exclusive_max=[self._written], resize_metadata_only=True).result()
         offsets = np.asarray(self._offsets, np.int64)
         self._digest.update(offsets.tobytes())
-        target = _create(self._temporary / "offsets", offsets.dtype, SHARD_TOKENS, CHUNK_TOKENS)
-        _write(self._path, target[: len(offsets)], offsets)
-        target.resize(exclusive_max=[len(offsets)], resize_metadata_only=True).result()
+        self._write_whole("offsets", offsets)
+        if any(self._prompts):
+            prompts = np.asarray(self._prompts, np.int64)
+            self._digest.update(prompts.tobytes())
+            self._write_whole("prompts", prompts)
 
         (self._temporary / "tokenizer").mkdir()
         for pattern in TOKENIZER_FILES:
@@ -191,6 +197,11 @@ class TokenStoreWriter:
             shutil.rmtree(former)
         else:
             self._temporary.rename(self._path)
+
+    def _write_whole(self, name: str, values: np.ndarray) -> None:
+        target = _create(self._temporary / name, values.dtype, SHARD_TOKENS, CHUNK_TOKENS)
+        _write(self._path, target[: len(values)], values)
+        target.resize(exclusive_max=[len(values)], resize_metadata_only=True).result()
 
 
 def _create(folder: pathlib.Path, dtype: np.dtype, shard: int, chunk: int) -> ts.TensorStore:
@@ -231,10 +242,19 @@ class TokenStore:
       path: local folder or URL.
       manifest: the whole of manifest.json.
       offsets: int64 of shape [D + 1], read-only.
+      prompts: int64 of shape [D], how many first tokens of each document are its prompt; None: there are no prompts.
     """
 
-    def __init__(self, path: str, manifest: dict[str, Any], tokens: ts.TensorStore, offsets: np.ndarray):
-        self.path, self.manifest, self._tokens, self.offsets = path, manifest, tokens, offsets
+    def __init__(
+        self,
+        path: str,
+        manifest: dict[str, Any],
+        tokens: ts.TensorStore,
+        offsets: np.ndarray,
+        prompts: np.ndarray | None = None,
+    ):
+        self.path, self.manifest, self._tokens = path, manifest, tokens
+        self.offsets, self.prompts = offsets, prompts
 
     @classmethod
     def open(cls, path: str) -> "TokenStore":
@@ -259,6 +279,8 @@ class TokenStore:
                 if byte.exception() or byte.result().state != "value":
                     raise InputError(f"{path} is damaged: {name} is missing or cut short; copy or prepare it again")
             tokens, offsets = _open(path, "tokens"), _open(path, "offsets").read().result()
+            has_prompts = any(name.startswith("prompts/") for name in manifest["files"])
+            prompts = _open(path, "prompts").read().result() if has_prompts else None
         except InputError:
             raise
         except TimeoutError:
@@ -266,7 +288,9 @@ class TokenStore:
         except ValueError as error:
             raise InputError(f"{path} cannot be opened as a token store: {_first_line(error)}") from None
         offsets.flags.writeable = False
-        return cls(path, manifest, tokens, offsets)
+        if prompts is not None:
+            prompts.flags.writeable = False
+        return cls(path, manifest, tokens, offsets, prompts)
 
     def __reduce__(self):
         return TokenStore.open, (self.path,)

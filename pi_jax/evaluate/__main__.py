@@ -1,24 +1,43 @@
 """`python -m pi_jax.evaluate WHAT`."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
-from pi_jax.evaluate import perplexity
+from pi_jax import cli
+from pi_jax.errors import InputError
 
-WHAT = {"perplexity": perplexity.main}
+WHAT = {
+    "perplexity": "sliding windows over text, by token, by window and by document",
+    "passkey": "up to which distance a number in the input is found: the paper's Table 4, and a heat map",
+    "ruler": "the synthetic RULER tasks, and the effective length",
+    "harness": "lm-evaluation-harness: the paper's Table 5 and any other of its tasks",
+    "summarization": "GovReport as in the paper's Table 6: ROUGE of long documents' summaries",
+    "report": "one page of tables and figures from the result files of several models",
+}
+_EXTRA = ("lm_eval", "rouge_score")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: the first word says what to evaluate."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in WHAT:
-        WHAT[argv[0]](argv[1:])
+        cli.run(lambda: _module(argv[0]).main(argv[1:]))
         return
-    print(f"usage: python -m pi_jax.evaluate {{{','.join(WHAT)}}} [--help]")
+    print("usage: python -m pi_jax.evaluate WHAT [--help]\n\n" + "\n".join(f"  {k:14} {v}" for k, v in WHAT.items()))
     if argv not in (["-h"], ["--help"]):
         what = f"{argv[0]!r} cannot be evaluated" if argv else "say what to evaluate"
         print(f"error: {what}: choose one of {', '.join(WHAT)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _module(what: str):
+    try:
+        return importlib.import_module(f"pi_jax.evaluate.{what}")
+    except ModuleNotFoundError as error:
+        if error.name in _EXTRA:
+            raise InputError(f"evaluate {what} needs {error.name}: pip install 'pi_jax[eval]'") from None
+        raise
 
 
 if __name__ == "__main__":

@@ -184,3 +184,78 @@ def test_half_way_through_a_bad_line_the_store_is_not_there(tmp_path, tokenizer_
     with pytest.raises(InputError, match="line 2"):
         prepare(Options((str(tmp_path / "a.jsonl"),), tokenizer_dir, str(tmp_path / "s")))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_prompts_are_cut_wrapped_and_left_out_of_the_loss(tmp_path, tokenizer_dir, ending, bos):
+    """Rows of a run that masks prompts weigh exactly the summaries' tokens and their EOS."""
+    from pi_jax.config import DataConfig
+    from pi_jax.data.pipeline import open_pipeline
+
+    records = [{"report": "long report. " * (9 + i), "summary": f"short {i}. " * (1 + 3 * i)} for i in range(5)]
+    file = tmp_path / f"data.{ending}"
+    if ending == "jsonl":
+        file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    else:
+        pq.write_table(pa.Table.from_pylist(records), file)
+    prepare(
+        Options(
+            input=(str(file),),
+            tokenizer=tokenizer_dir,
+            output=str(tmp_path / "store"),
+            text_field="summary",
+            prompt_field="report",
+            prompt_template="Read: {} Sum up:",
+            max_prompt_tokens=12,
+            max_text_tokens=7,
+            bos=bos,
+        )
+    )
+    tokenizer = load_tokenizer(tokenizer_dir)
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prompts = [[0] * bos + ids("Read: ") + ids(r["report"])[:12] + ids(" Sum up:") for r in records]
+    summaries = [ids(r["summary"])[:7] + [1] for r in records]
+    store = TokenStore.open(str(tmp_path / "store"))
+    assert documents_of(tmp_path / "store") == [p + s for p, s in zip(prompts, summaries, strict=True)]
+    assert store.prompts.tolist() == [len(p) for p in prompts]
+    for packing in ("document", "joined"):
+        config = DataConfig(
+            sources=(store.path,),
+            window=32,
+            batch_size=1,
+            packing=packing,
+            mask_prompts=True,
+            require_long_documents=False,
+        )
+        pipeline = open_pipeline(config)
+        batches = [pipeline.batch(step) for step in range(pipeline.num_rows)]
+        weighed = [int(t) for b in batches for t, w in zip(b["targets"][0], b["loss_weights"][0], strict=True) if w]
+        expected = [t for s in summaries for t in s]
+        if packing == "joined":  # the last, incomplete row is dropped
+            stream = []
+            for p, own in zip(prompts, summaries, strict=True):
+                stream += [(t, False) for t in p] + [(t, True) for t in own]
+            expected = [t for t, kept in stream[1 : 32 * pipeline.num_rows + 1] if kept]
+        assert sorted(weighed) == sorted(expected)
+        assert {float(w) for b in batches for w in b["loss_weights"][0]} == {0.0, 1.0}
+
+
+def test_what_prompts_need(tmp_path, tokenizer_dir, capsys):
+    from pi_jax.config import DataConfig
+    from pi_jax.data.pipeline import open_pipeline
+
+    write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_text("text")
+    base = ["--tokenizer", tokenizer_dir, "--output", str(tmp_path / "store"), "--prompt-field", "report"]
+    assert "line 1 has no field 'report'" in failing(["--input", str(tmp_path / "a.jsonl"), *base], capsys)
+    assert "a .txt file has no field 'report'" in failing(["--input", str(tmp_path / "a.txt"), *base], capsys)
+    told = failing(["--input", str(tmp_path / "a.jsonl"), *base, "--prompt-template", "none"], capsys)
+    assert "the prompt template is 'none': it must hold {} once" in told
+    prepare(Options(input=(str(tmp_path / "a.jsonl"),), tokenizer=tokenizer_dir, output=str(tmp_path / "store")))
+    config = DataConfig(sources=(str(tmp_path / "store"),), window=32, mask_prompts=True, require_long_documents=False)
+    with pytest.raises(InputError, match="has a prompt: prepare it with --prompt-field"):
+        open_pipeline(config)

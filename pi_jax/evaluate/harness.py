@@ -1,0 +1,389 @@
+"""The standard benchmarks, by EleutherAI's lm-evaluation-harness: `python -m pi_jax.evaluate harness`.
+
+The harness asks for log-likelihoods and text; here is a model of its kind that answers with ours. Requests are sorted
+by length, padded to few lengths and read in batches. Every process gets all requests and computes the same, its devices
+their share of each batch; process 0 reports.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import difflib
+import functools
+import itertools
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from pi_jax import cli, sharding
+from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
+from pi_jax.errors import InputError
+from pi_jax.evaluate.scoring import rows_at_a_time, score_rows
+from pi_jax.generate import Generator, warn_beyond_window
+from pi_jax.metrics import note
+from pi_jax.model import Llama
+
+TABLE_5 = ("boolq", "piqa", "race_middle", "race", "winogrande")
+"""The paper's benchmarks inside the original window; `race` is RACE-H, `race_middle` our file for RACE-M."""
+TASK_FILES = pathlib.Path(__file__).parent / "tasks"
+
+_CHUNK = 64
+"""Columns whose logits exist at one time: answers are short."""
+_DEFAULT_NEW_TOKENS = 256  # as for the harness's own models
+
+
+class HarnessModel(TemplateLM):
+    """A pi_jax model as lm-evaluation-harness wants one; tokens and truncation as in its `hf` model.
+
+    Args:
+      model: with parameters on `mesh`, which must be set while the harness runs.
+      mesh: its data and fsdp axes take requests side by side.
+      tokenizer: of transformers.
+      max_length: tokens of a request that are kept, the last ones.
+      batch_tokens: tokens that a device reads at a time.
+    """
+
+    def __init__(self, model: Llama, mesh: jax.sharding.Mesh, tokenizer: Any, max_length: int, batch_tokens: int):
+        super().__init__()
+        self._model, self._mesh, self.tokenizer = model, mesh, tokenizer
+        self.max_length, self._batch_tokens = max_length, batch_tokens
+        self.truncated = 0
+        """Requests that did not fit."""
+        self._generator: Generator | None = None
+        # Few lengths, each compiled once: powers of two and the middle between them.
+        steps = itertools.chain.from_iterable((2**i, 3 * 2 ** (i - 1)) for i in range(5, 40))
+        self._lengths = [*itertools.takewhile(lambda n: n < max_length + 1, steps), max_length + 1]
+
+    @property
+    def eot_token_id(self) -> int:
+        """Ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text without context: BOS, or EOS where there is none."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the tokenizer's template writes it."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; with the tokenizer's own special tokens unless told otherwise or the text starts with BOS."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding gives it) for (text, context, continuation)."""
+        rows, answers = [], [len(continuation) for _, _, continuation in requests]
+        for _, context, continuation in requests:
+            whole = [*context, *continuation]
+            self.truncated += len(whole) > self.max_length + 1
+            rows.append(whole[-(self.max_length + 1) :])
+        results: list[tuple[float, bool] | None] = [None] * len(rows)
+        buckets: dict[int, list[int]] = {}
+        for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i])):
+            buckets.setdefault(self._lengths[bisect.bisect_left(self._lengths, len(rows[i]))], []).append(i)
+        with self._bar(len(rows), "log-likelihoods", disable_tqdm) as bar:
+            for length, members in buckets.items():
+                size = self._rows(length, len(members))
+                for batch in (members[at : at + size] for at in range(0, len(members), size)):
+                    tokens = np.zeros((size, length), np.int32)
+                    for row, i in zip(tokens, batch, strict=False):
+                        row[: len(rows[i])] = rows[i]
+                    start = min(len(rows[i]) - answers[i] for i in batch)
+                    stop = max(len(rows[i]) for i in batch)
+                    losses, greedy = score_rows(self._model, tokens, start, stop, _CHUNK, self._mesh)
+                    for place, i in enumerate(batch):
+                        scored = slice(len(rows[i]) - answers[i], len(rows[i]))
+                        total = -float(np.sum(losses[place, scored], dtype=np.float64))
+                        results[i] = total, bool(greedy[place, scored].all())
+                        if requests[i][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+                    bar.update(len(batch))
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in disjoint windows of `max_length`."""
+        windows = []
+        for index, (text,) in enumerate(request.args for request in requests):
+            rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            windows += [(index, *make_disjoint_window(pair)) for pair in rolling]
+        scores = self._loglikelihood_tokens([(None, *window[1:]) for window in windows], disable_tqdm)
+        totals = [0.0] * len(requests)
+        for (index, *_), (score, _) in zip(windows, scores, strict=True):
+            totals[index] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of the request's stop sequences, or EOS."""
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+        with self._bar(len(requests), "texts", disable_tqdm) as bar:
+            for members in groups.values():
+                kwargs = normalize_gen_kwargs(requests[members[0]].args[1], _DEFAULT_NEW_TOKENS)
+                room = self.max_length - kwargs["max_gen_toks"]
+                if room < 1:
+                    raise InputError(
+                        f"a task asks for {kwargs['max_gen_toks']} new tokens, but a request holds {self.max_length}: "
+                        "raise --max-length or lower max_gen_toks in the task"
+                    )
+                prompts = {i: self._prompt(requests[i].args[0], room) for i in members}
+                members.sort(key=lambda i: len(prompts[i]))
+                size = self._rows(self.max_length, len(members))
+                for batch in (members[at : at + size] for at in range(0, len(members), size)):
+                    for i, text in zip(batch, self._generate([prompts[i] for i in batch], kwargs, size), strict=True):
+                        texts[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(batch))
+        return texts
+
+    def _rows(self, length: int, requests: int) -> int:
+        """Rows of a batch: powers of two, so that tasks of any size share their compiled programs."""
+        return rows_at_a_time(self._mesh, length, self._batch_tokens, 1 << (requests - 1).bit_length())
+
+    def _prompt(self, text: str, room: int) -> list[int]:
+        tokens = self.tok_encode(text) or [self.prefix_token_id]
+        self.truncated += len(tokens) > room
+        return tokens[-room:]
+
+    def _generate(self, prompts: list[list[int]], kwargs: dict[str, Any], rows: int) -> list[str]:
+        until = handle_stop_sequences(kwargs["until"], eos=self.tokenizer.decode(self.eot_token_id))
+        if self._generator is None:
+            self._generator = Generator(self._model, self._mesh, max_length=self.max_length)
+        found: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+
+        def on_token(row: int, token: int) -> None:
+            if row not in going:
+                return
+            found[row].append(token)
+            if token == self.eot_token_id or any(stop in self._text(found[row]) for stop in until):
+                going.remove(row)
+                if not going:
+                    raise _AllStopped
+
+        with contextlib.suppress(_AllStopped):
+            self._generator(
+                prompts + [prompts[0]] * (rows - len(prompts)),  # every batch has the same shape
+                kwargs["max_gen_toks"],
+                temperature=kwargs["temperature"] if kwargs["do_sample"] else 0.0,
+                top_p=kwargs.get("top_p", 1.0),
+                on_token=on_token,
+            )
+        return [postprocess_generated_text(self._text(tokens), until, None) for tokens in found]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _bar(self, total: int, what: str, disable: bool) -> tqdm:
+        return tqdm(total=total, desc=what, disable=disable or jax.process_index() > 0)
+
+
+class _AllStopped(Exception):
+    """Every text of a batch has met a stop sequence: nothing more is needed of the generator."""
+
+
+def load_tasks(tasks: Sequence[str], include: str) -> tuple[list[str], Any]:
+    """Names of tasks, with 'table5' and task files replaced, and the harness's manager that knows them.
+
+    Raises:
+      InputError: for a name that nothing knows, or a file that is not there.
+    """
+    folders, names = [str(TASK_FILES)], []
+    if include:
+        if not pathlib.Path(include).is_dir():
+            raise InputError(f"--include {include}: there is no such folder")
+        folders.append(include)
+    for task in tasks:
+        file = pathlib.Path(task)
+        if file.suffix != ".yaml":
+            names += TABLE_5 if task == "table5" else [task]
+        elif not file.is_file():
+            raise InputError(f"task {task}: there is no such file")
+        else:
+            folders.append(str(file.parent))
+            names.append(_name_in(file))
+    only_files = all(task.endswith(".yaml") for task in tasks)
+    manager = _manager(tuple(dict.fromkeys(folders)), include_defaults=not only_files)
+    for name in names:
+        if not manager.match_tasks([name]):
+            close = difflib.get_close_matches(name, manager.all_tasks, 3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see lm_eval ls tasks, or give a task file"
+            raise InputError(f"task {name!r} is not one of lm-evaluation-harness's or of --include: {hint}")
+    return names, manager
+
+
+@functools.cache
+def _manager(folders: tuple[str, ...], include_defaults: bool) -> Any:
+    """Reads all task files that there are: seconds, for the harness's own."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders), include_defaults=include_defaults)
+
+
+def _name_in(file: pathlib.Path) -> str:
+    found = re.search(r"^task:\s*(\S+)", file.read_text(), re.MULTILINE)
+    if not found:
+        raise InputError(f"task {file}: it has no line 'task: NAME'")
+    return found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Harness:
+    """Standard benchmarks by lm-evaluation-harness, for example the paper's Table 5."""
+
+    model: str
+    """Hugging Face folder, or the folder of a pi_jax run."""
+    tasks: tuple[str, ...]
+    """Names of lm-evaluation-harness, task files (.yaml), or 'table5': BoolQ, PIQA, RACE-M, RACE-H, WinoGrande"""
+    include: str = ""
+    """Folder with more task files."""
+    num_fewshot: int | None = None
+    """Examples before each question; None: as the task says, mostly 0."""
+    limit: int | None = None
+    """Only so many questions of each task: to try things, never to report."""
+    max_length: int | None = None
+    """Tokens of a request that are kept; None: the model's window, at most 8,192."""
+    chat_template: bool = False
+    """Write requests as a conversation, by the tokenizer's template."""
+    batch_tokens: int = 8192
+    """Tokens that a device reads at a time."""
+    rope: RopeConfig = RopeConfig()
+    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+    output: str = ""
+    """Also write the result to this JSON file."""
+    samples: str = ""
+    """Also write every question with the model's answers to this JSON file."""
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise InputError("--tasks is empty: name at least one task")
+        for name in ("limit", "max_length", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+
+
+def harness(args: Harness) -> dict[str, Any]:
+    """Runs the command; returns what it prints as a dictionary."""
+    import lm_eval
+
+    from pi_jax.convert.sources import open_model
+    from pi_jax.data.prepare import load_tokenizer
+    from pi_jax.evaluate.perplexity import require_vocabulary
+
+    cli.require_writable(args.output)
+    cli.require_writable(args.samples)
+    names, manager = load_tasks(args.tasks, args.include)
+    source = open_model(args.model, args.rope)
+    tokenizer = load_tokenizer(source.files)
+    require_vocabulary(tokenizer, source.files, source.config.vocab_size)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer {source.files} has no EOS token: the harness needs one")
+    mesh = sharding.make_mesh(MeshConfig())
+    compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
+    max_length = args.max_length or min(source.config.max_position_embeddings, 8192)
+    warn_beyond_window(source.config, max_length)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+        lm = HarnessModel(source.load(compute, mesh), mesh, tokenizer, max_length, args.batch_tokens)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=args.num_fewshot,
+                limit=args.limit,
+                apply_chat_template=args.chat_template,
+                log_samples=bool(args.samples),
+                bootstrap_iters=1000,
+            )
+        except (FileNotFoundError, ConnectionError) as error:  # of the data set, by a name or on the hub
+            raise InputError(f"the data of {', '.join(names)} cannot be had: {f'{error}'.splitlines()[0]}") from None
+    report = {
+        "command": "harness",
+        "model": args.model,
+        "rope": f"{source.config.rope}",
+        "model_window": source.config.max_position_embeddings,
+        "original_window": source.config.original_window,
+        "protocol": {
+            "lm_eval": lm_eval.__version__,
+            "num_fewshot": args.num_fewshot,
+            "limit": args.limit,
+            "max_length": max_length,
+            "truncated_requests": lm.truncated,
+            "chat_template": args.chat_template,
+            "dtype": args.dtype,
+            "task_versions": found["versions"],
+        },
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "results": {task: _metrics(values, found["n-samples"].get(task)) for task, values in found["results"].items()},
+    }
+    note(f"{args.model}: {source.config.rope}, lm_eval {lm_eval.__version__}, {args.dtype}")
+    note(table(report["results"]))
+    if jax.process_index() == 0:
+        if args.output:
+            cli.write_json(args.output, report)
+        if args.samples:
+            cli.write_json(args.samples, _plain(found["samples"]))
+    return report
+
+
+def _metrics(values: dict[str, Any], counted: dict[str, int] | None) -> dict[str, Any]:
+    """{'acc': 0.5, 'acc_stderr': 0.05, 'questions': 100} from 'acc,none' and so on."""
+    kept = {k: v for k, v in values.items() if isinstance(v, (int, float)) and "," in k}
+    found = {k.removesuffix(",none").replace(",none", ""): v for k, v in kept.items()}
+    return {**found, "questions": counted["effective"] if counted else None}
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON knows."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Results for people: a line a task and metric."""
+    lines = [f"{'task':24} {'questions':>9}  {'metric':12} {'value':>8}"]
+    for task, values in results.items():
+        for metric, value in values.items():
+            if metric == "questions" or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr")
+            margin = f" ± {error:.4f}" if isinstance(error, float) and error == error else ""
+            lines.append(f"{task:24} {values['questions'] or '':>9}  {metric:12} {value:8.4f}{margin}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: harness(tyro.cli(Harness, prog="python -m pi_jax.evaluate harness", args=argv)))

@@ -1,0 +1,343 @@
+"""Passkey retrieval (Mohtashami & Jaggi 2023) by the protocol of Chen et al. 2023, section 3.3.
+
+A five-digit key stands in a text of nothing else, k tokens from its end; the model is asked for it. 32 values of k,
+evenly spaced up to the window, 10 keys each; k_max is the largest k up to which every distance is answered in at least
+20% of the trials. What the paper leaves open is fixed here:
+
+- The input has one length, whatever k: the window less the tokens of the answer, so that all positions lie within it.
+- k counts from the first token of the key to the end of the input. The key's line stands between whole repetitions of
+  the filler, at the farthest place that is no more than k away; the largest k, the window itself, puts it next to the
+  header. `distance` in the result is the k that came out.
+- The length is exact: the filler before the key begins in the middle of a repetition. It ends whole, since a filler cut
+  off before the question costs answers.
+- Greedy decoding; the first run of digits in the answer must be the key.
+- The key is uniform in 10000..99999 and depends on (seed, length, k, trial) alone.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from pi_jax import cli, theory
+from pi_jax.errors import InputError
+from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
+from pi_jax.generate import Generator
+
+HEADER = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+    "about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+NEW_TOKENS = 10
+"""Of an answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A question and where its answer stands."""
+
+    tokens: list[int]
+    key: int
+    distance: int
+    """Tokens from the first of the key to the end."""
+
+
+class PromptMaker:
+    """Makes prompts of an exact number of tokens with any tokenizer, special tokens in front if it puts any there."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._tokenizer.backend_tokenizer.no_truncation()
+        self._unit = len(self._encode(" ".join([FILLER] * 9))) - len(self._encode(" ".join([FILLER] * 8)))
+
+    def _encode(self, text: str):
+        return self._tokenizer.backend_tokenizer.encode(text)
+
+    def _parts(self, before: int, after: int, key: int) -> tuple[list[int], int, int]:
+        """Tokens with so many repetitions of the filler, the first token of the front filler, and that of the key."""
+        lines = [HEADER, " ".join([FILLER] * before), KEY_LINE.format(key=key), " ".join([FILLER] * after), QUESTION]
+        text = "\n".join(line for line in lines if line)
+        encoded = self._encode(text)
+        key_at = text.index(str(key))
+        front = key_token = None
+        for i, (start, end) in enumerate(encoded.offsets):
+            if front is None and start >= len(HEADER) + 1:
+                front = i
+            if end > key_at and end > start:
+                key_token = i
+                break
+        return list(encoded.ids), front, key_token
+
+    def shortest(self) -> int:
+        """Tokens of a prompt with one repetition of the filler on each side: less makes no sense."""
+        return len(self._parts(1, 1, 12345)[0])
+
+    def __call__(self, length: int, key: int, *, distance: int | None = None, depth: float | None = None) -> Prompt:
+        """A prompt of `length` tokens.
+
+        Args:
+          length: tokens, exactly.
+          key: the number to find.
+          distance: tokens from the key to the end, at most; or
+          depth: share of the filler that stands before the key, 0 to 1.
+
+        Raises:
+          InputError: if the length has no room for a repetition of the filler on both sides of the key.
+        """
+        shortest = self.shortest()
+        if length < shortest:
+            raise InputError(f"length {length} is too short for a passkey prompt: it needs at least {shortest} tokens")
+        units = (length - shortest) // self._unit + 2
+        bare, _, key_token = self._parts(1, 0, key)
+        nearest = len(bare) - key_token
+        after = (distance - nearest) // self._unit if depth is None else round((1 - depth) * units)
+        after = min(max(after, 0), units)
+        while True:
+            before = max(1, units - after)
+            tokens, front, key_token = self._parts(before, after, key)
+            while len(tokens) < length:
+                before += 1
+                tokens, front, key_token = self._parts(before, after, key)
+            surplus = len(tokens) - length
+            place = len(tokens) - key_token
+            fits = front + surplus < key_token and (depth is not None or place <= distance)
+            if fits or after == 0:
+                break
+            after -= 1  # no room before the key, or farther than asked for
+        if front + surplus >= key_token:
+            raise InputError(f"length {length} is too short for a passkey prompt: it needs at least {shortest} tokens")
+        del tokens[front : front + surplus]
+        return Prompt(tokens, key, len(tokens) - (key_token - surplus))
+
+
+def _key(*seed: int) -> int:
+    return int(np.random.default_rng(seed).integers(10000, 100000))
+
+
+def found(text: str, key: int) -> bool:
+    """Whether the first run of digits in an answer is the key."""
+    digits = re.search(r"\d+", text)
+    return digits is not None and int(digits[0]) == key
+
+
+def effective_window(distances: Sequence[int], success: Sequence[float], at_least: float) -> int:
+    """k_max: the largest distance such that it and all shorter ones have that rate of success; 0 if none has."""
+    largest = 0
+    for distance, rate in sorted(zip(distances, success, strict=True)):
+        if rate < at_least:
+            break
+        largest = distance
+    return largest
+
+
+def measure_distances(
+    generator: Generator, tokenizer: Any, length: int, distances: int, trials: int, seed: int, batch_tokens: int
+) -> dict[str, Any]:
+    """k_max at a window of `length` tokens, answer included.
+
+    Raises:
+      InputError: if the length is too short for the prompt.
+    """
+    make = PromptMaker(tokenizer)
+    ks = [round(length * i / distances) for i in range(1, distances + 1)]
+    prompts = [[make(length - NEW_TOKENS, _key(seed, length, k, t), distance=k) for t in range(trials)] for k in ks]
+    rates = _rates(generator, tokenizer, prompts, batch_tokens, f"passkey {length}")
+    real = [round(float(np.mean([p.distance for p in row])), 1) for row in prompts]
+    return {
+        "length": length,
+        "k_max": effective_window(ks, rates, 0.2),
+        "k_max_strict": effective_window(ks, rates, 1.0),
+        "success": float(np.mean(rates)),
+        "by_distance": [{"k": k, "distance": d, "success": r} for k, d, r in zip(ks, real, rates, strict=True)],
+    }
+
+
+def measure_grid(
+    generator: Generator,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    seed: int,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """Success by depth of the key (rows) and length of the input with its answer (columns)."""
+    make = PromptMaker(tokenizer)
+    columns = []
+    for length in lengths:
+        prompts = [
+            [make(length - NEW_TOKENS, _key(seed, length, i, t, 1), depth=depth) for t in range(trials)]
+            for i, depth in enumerate(depths)
+        ]
+        columns.append(_rates(generator, tokenizer, prompts, batch_tokens, f"passkey grid {length}"))
+    return {
+        "depths": list(depths),
+        "lengths": list(lengths),
+        "success": [list(row) for row in zip(*columns, strict=True)],
+    }
+
+
+def _rates(generator, tokenizer, prompts: list[list[Prompt]], batch_tokens: int, what: str) -> list[float]:
+    flat = [p for row in prompts for p in row]
+    texts = answer(generator, tokenizer, [p.tokens for p in flat], NEW_TOKENS, batch_tokens=batch_tokens, what=what)
+    right = iter([found(text, p.key) for text, p in zip(texts, flat, strict=True)])
+    return [float(np.mean([next(right) for _ in row])) for row in prompts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passkey(ModelOptions):
+    """Passkey retrieval: up to which distance the model finds a number in its input."""
+
+    lengths: tuple[int, ...] = ()
+    """Windows in tokens, for k_max; empty: that of the model, unless there is a grid."""
+    distances: int = 32
+    """Values of k for each length, evenly spaced up to it."""
+    trials: int = 10
+    """Keys for each k, and for each cell of the grid."""
+    grid_lengths: tuple[int, ...] = ()
+    """Also measure by depth and length, at these lengths."""
+    grid_depths: tuple[float, ...] = tuple(i / 10 for i in range(11))
+    """Depths of the grid: shares of the filler that stand before the key."""
+    seed: int = 0
+    """Of the keys."""
+    figure: str = ""
+    """Also draw the grid, or else success against k, to this PNG file."""
+
+
+def _check(args: Passkey) -> None:
+    for name in ("distances", "trials"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} is {getattr(args, name)}: it must be at least 1")
+    if not args.grid_depths or not all(0 <= depth <= 1 for depth in args.grid_depths):
+        raise InputError(f"grid-depths is {args.grid_depths}: depths must lie between 0 and 1")
+    if args.seed < 0:
+        raise InputError(f"seed is {args.seed}: it must be 0 or more")
+    cli.require_writable(args.output)
+    cli.require_writable(args.figure)
+    if args.figure:
+        theory.new_figure(1, 1, 1)  # fails now if it must
+
+
+def passkey(args: Passkey) -> dict[str, Any]:
+    """Runs the command; returns what it prints as a dictionary."""
+    from pi_jax.convert.sources import open_model
+
+    _check(args)
+    lengths = args.lengths
+    if not lengths and not args.grid_lengths:
+        lengths = (open_model(args.model, args.rope).config.max_position_embeddings,)
+    generator, tokenizer, config = open_generator(args, max((*lengths, *args.grid_lengths)))
+    shortest = PromptMaker(tokenizer).shortest() + NEW_TOKENS
+    if min((*lengths, *args.grid_lengths)) < shortest:
+        raise InputError(
+            f"length {min((*lengths, *args.grid_lengths))} is too short for a passkey prompt and its answer: it needs "
+            f"at least {shortest} tokens"
+        )
+    results = [
+        measure_distances(generator, tokenizer, n, args.distances, args.trials, args.seed, args.batch_tokens)
+        for n in lengths
+    ]
+    grid = None
+    if args.grid_lengths:
+        grid = measure_grid(
+            generator, tokenizer, args.grid_lengths, args.grid_depths, args.trials, args.seed, args.batch_tokens
+        )
+    report = {
+        "command": "passkey",
+        "model": args.model,
+        "rope": f"{config.rope}",
+        "model_window": config.max_position_embeddings,
+        "protocol": {
+            "prompt": "Chen et al. 2023, Figure 3",
+            "distances": args.distances,
+            "trials": args.trials,
+            "new_tokens": NEW_TOKENS,
+            "decoding": "greedy",
+            "seed": args.seed,
+            "dtype": args.dtype,
+        },
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "results": results,
+        "grid": grid,
+    }
+    print(f"{args.model}: {config.rope}, {args.trials} trials, {args.dtype}")
+    print(table(report))
+    if args.figure:
+        draw(args.figure, report)
+    if args.output:
+        cli.write_json(args.output, report)
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = []
+    for r in report["results"]:
+        lines.append(
+            f"window {r['length']}: k_max {r['k_max']} (20% of trials), {r['k_max_strict']} (all trials); found in "
+            f"{r['success']:.0%} of all"
+        )
+        lines.append("  k        " + "".join(f"{row['k']:>7}" for row in r["by_distance"]))
+        lines.append("  found, % " + "".join(f"{100 * row['success']:7.0f}" for row in r["by_distance"]))
+    if grid := report["grid"]:
+        lines.append("found, %, by depth of the key (down) and length (across)")
+        lines.append("        " + "".join(f"{n:>8}" for n in grid["lengths"]))
+        for depth, row in zip(grid["depths"], grid["success"], strict=True):
+            lines.append(f"  {depth:5.0%} " + "".join(f"{100 * x:8.0f}" for x in row))
+    return "\n".join(lines)
+
+
+def draw(path: str, report: dict[str, Any]) -> None:
+    """The grid as a heat map, or success against k where there is no grid."""
+    grid = report["grid"]
+    figure, (axes,) = theory.new_figure(8, 4.8, 1)
+    if grid:
+        columns, rows = len(grid["lengths"]), len(grid["depths"])
+        image = axes.imshow(100 * np.array(grid["success"]), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        axes.set_xticks(range(columns), [f"{n:,}" for n in grid["lengths"]])
+        axes.set_yticks(range(rows), [f"{d:.0%}" for d in grid["depths"]])
+        for i, row in enumerate(grid["success"]):
+            for j, value in enumerate(row):
+                axes.text(
+                    j,
+                    i,
+                    f"{100 * value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value < 0.6 else "black",
+                )
+        figure.colorbar(image, ax=axes, label="key found (% of trials)")
+        axes.set(xlabel="length of input and answer (tokens)", ylabel="depth of the key (share of the text before it)")
+    else:
+        for r in report["results"]:
+            ks, rates = zip(*((row["k"], 100 * row["success"]) for row in r["by_distance"]), strict=True)
+            axes.plot(ks, rates, "o-", ms=4, label=f"window {r['length']:,}: k_max {r['k_max']:,}")
+        axes.axhline(20, color="0.5", ls="--", lw=1, label="20%")
+        axes.set(xlabel="k: tokens from the key to the end", ylabel="key found (% of trials)", ylim=(-4, 104))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    trials = report["protocol"]["trials"]
+    axes.set_title(
+        f"Passkey, {report['model']}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
+    )
+    temporary = pathlib.Path(path).with_name(pathlib.Path(path).name + ".tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, dpi=130, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: passkey(tyro.cli(Passkey, prog="python -m pi_jax.evaluate passkey", args=argv)))

@@ -1,0 +1,258 @@
+"""The synthetic tasks of RULER (Hsieh et al. 2024) that need no download: what they ask, and how they are scored.
+
+Prompts, complexity and scoring are those of NVIDIA's scripts (github.com/NVIDIA/RULER, scripts/data/synthetic): needles
+in a haystack of noise, of essays or of other needles; variable tracking; common and frequent words. A prompt is as long
+as the wanted length allows: the haystack grows by its own units (sentences, needles, words) and is never cut. Our own:
+a seed for each sample, and sentences of essays end where .!? is followed by a blank.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import random
+import re
+import string
+import uuid
+from collections.abc import Callable, Sequence
+
+from pi_jax.errors import InputError
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+THRESHOLD = 85.6
+"""Score that a length must reach to be effective: Llama-2-7B's at 4k."""
+_DEPTHS = [round(100 * i / 39) for i in range(40)]
+_NIAH = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
+    "text? The special magic {kind} for {query} mentioned in the provided text are"
+)
+_TRACKING = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
+    "all variables that are assigned the value {query} in the text above. Answer: According to the chain(s) of "
+    "variable assignment in the text above, {count} variables are assigned the value {query}, they are: "
+)
+_COMMON = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 "
+    "words that appear most often in the list are:"
+)
+_FREQUENT = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
+    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the "
+    "three most frequently appeared words in the above coded text? Answer: According to the coded text above, the "
+    "three most frequently appeared words are:"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt's text, and the strings that its answer should contain."""
+
+    text: str
+    answers: tuple[str, ...]
+
+
+Make = Callable[[random.Random, int, int, str], Sample]
+"""(draws, units of haystack, length in tokens, essays) -> a sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of RULER."""
+
+    make: Make
+    new_tokens: int
+    least: int
+    """Units of the smallest haystack."""
+    essays: bool = False
+    """Whether the haystack is made of supplied text."""
+
+
+# ---- Needles in a haystack.
+
+
+def _needles(
+    draw: random.Random,
+    size: int,
+    length: int,
+    essays: str,
+    *,
+    haystack: str,
+    keys: str = "words",
+    kind: str = "numbers",
+    num_keys: int = 1,
+    num_values: int = 1,
+    num_queries: int = 1,
+) -> Sample:
+    names = {"words": lambda: f"{draw.choice(_words('adjectives'))}-{draw.choice(_words('nouns'))}"}
+    names["numbers"] = lambda: str(draw.randint(10**6, 10**7 - 1))
+    names["uuids"] = lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4))
+    hidden: dict[str, list[str]] = {}
+    while len(hidden) < max(num_keys, num_queries):
+        hidden[names[keys]()] = [names[kind]() for _ in range(num_values)]
+    needles = [NEEDLE.format(kind=kind, key=key, value=value) for key, values in hidden.items() for value in values]
+    draw.shuffle(needles)
+    if haystack == "essay":
+        context = _into_essay(draw, needles, essays, size)
+    else:
+        hay = [NOISE] * size
+        if haystack == "needle":
+            hay = [NEEDLE.format(kind=kind, key=names[keys](), value=names[kind]()) for _ in range(size)]
+        for at, needle in zip(sorted(draw.sample(range(size), len(needles)), reverse=True), needles, strict=True):
+            hay.insert(at, needle)
+        context = "\n".join(hay)
+    asked = draw.sample(list(hidden), num_queries)
+    query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
+    template = _NIAH
+    if num_queries * num_values == 1:
+        kind = kind[:-1]
+        template = template.replace("Some", "A").replace("are all", "is").replace("are", "is")
+    return Sample(
+        template.format(kind=kind, context=context, query=query), tuple(v for key in asked for v in hidden[key])
+    )
+
+
+def _into_essay(draw: random.Random, needles: Sequence[str], essays: str, words: int) -> str:
+    sentences = re.split(r"(?<=[.!?])\s+", _first_words(essays, words))
+    depths = sorted(draw.sample(_DEPTHS, len(needles)), reverse=True)
+    for depth, needle in zip(depths, needles, strict=True):
+        sentences.insert(len(sentences) * depth // 100, needle)
+    return " ".join(sentences)
+
+
+@functools.lru_cache(maxsize=4)
+def _split(text: str) -> list[str]:
+    return text.split()
+
+
+def _first_words(text: str, count: int) -> str:
+    words = _split(text)
+    return " ".join((words * -(-count // len(words)))[:count])
+
+
+# ---- Variable tracking.
+
+
+def _tracking(draw: random.Random, size: int, length: int, essays: str) -> Sample:
+    example = _chain(draw, 10, letters=3)
+    asked = _chain(draw, size, letters=5)
+    return Sample(f"{example.text}{' '.join(example.answers)}\n\n{asked.text}", asked.answers)
+
+
+def _chain(draw: random.Random, size: int, letters: int, hops: int = 4) -> Sample:
+    names: list[str] = []
+    while len(names) < hops + 1:
+        name = "".join(draw.choices(string.ascii_uppercase, k=letters))
+        names += [name] if name not in names else []
+    value = str(draw.randint(10000, 99999))
+    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names))]
+    hay = [NOISE + "\n"] * size
+    for i, at in enumerate(sorted(draw.sample(range(size), len(chain)))):
+        hay.insert(at + i, chain[i])
+    return Sample(_TRACKING.format(context=" ".join(hay), query=value, count=len(names)), tuple(names))
+
+
+# ---- Common and frequent words.
+
+
+@functools.cache
+def _words(category: str) -> list[str]:
+    try:
+        from wonderwords import RandomWord
+    except ImportError:
+        raise InputError("evaluate ruler needs the word lists of wonderwords: pip install 'pi_jax[eval]'") from None
+    return sorted(RandomWord().filter(include_categories=[category]))
+
+
+def _common(draw: random.Random, size: int, length: int, essays: str) -> Sample:
+    long = length >= 4096
+    example = _list(draw, *((40, 10, 3) if long else (20, 3, 1)))
+    asked = _list(draw, size, *((30, 3) if long else (6, 1)))
+    right = " ".join(f"{i}. {word}" for i, word in enumerate(example.answers, 1))
+    return Sample(f"{example.text} {right}\n{asked.text}", asked.answers)
+
+
+def _list(draw: random.Random, words: int, often: int, seldom: int, common: int = 10) -> Sample:
+    known = sorted({*_words("nouns"), *_words("adjectives"), *_words("verbs")})
+    if words > len(known):
+        raise InputError(f"task cwe needs {words} different words for this length, and there are {len(known)}")
+    chosen = draw.sample(known, words)
+    shuffled = chosen[:common] * often + chosen[common:] * seldom
+    draw.shuffle(shuffled)
+    context = " ".join(f"{i}. {word}" for i, word in enumerate(shuffled, 1))
+    return Sample(_COMMON.format(context=context), tuple(chosen[:common]))
+
+
+def _frequent(draw: random.Random, size: int, length: int, essays: str, alpha: float = 2.0) -> Sample:
+    vocabulary: list[str] = []
+    while len(vocabulary) < max(length // 50, 4):
+        word = "".join(draw.choices(string.ascii_lowercase, k=6))
+        vocabulary += [word] if word not in vocabulary else []
+    vocabulary[0] = "..."  # the most frequent is noise
+    zeta = math.pi**2 / 6  # of alpha = 2
+    text = [word for k, word in enumerate(vocabulary, 1) for _ in range(int(size * k**-alpha / zeta))]
+    draw.shuffle(text)
+    return Sample(_FREQUENT.format(context=" ".join(text)), tuple(vocabulary[1:4]))
+
+
+def _niah(haystack: str, **settings) -> Task:
+    make = functools.partial(_needles, haystack=haystack, **settings)
+    return Task(make, 128, least=1 if haystack != "essay" else 50, essays=haystack == "essay")
+
+
+TASKS = {
+    "niah_single_1": _niah("noise"),
+    "niah_single_2": _niah("essay"),
+    "niah_single_3": _niah("essay", kind="uuids"),
+    "niah_multikey_1": _niah("essay", num_keys=4),
+    "niah_multikey_2": _niah("needle"),
+    "niah_multikey_3": _niah("needle", keys="uuids", kind="uuids"),
+    "niah_multivalue": _niah("essay", num_values=4),
+    "niah_multiquery": _niah("essay", num_queries=4),
+    "vt": Task(_tracking, 30, least=6),
+    "cwe": Task(_common, 120, least=20),
+    "fwe": Task(_frequent, 50, least=50),
+}
+"""Without qa_1 and qa_2, whose questions must be downloaded."""
+
+
+def make_samples(
+    name: str, count: int, length: int, tokenize: Callable[[str], list[int]], essays: str, seed: int
+) -> list[tuple[list[int], Sample]]:
+    """Prompts of a task, each as long as `length` allows with the tokens of its answer.
+
+    Raises:
+      InputError: if the smallest haystack is too long.
+    """
+    task = TASKS[name]
+
+    def build(index: int, size: int) -> tuple[list[int], Sample]:
+        sample = task.make(random.Random(f"{seed} {name} {length} {index}"), size, length, essays)
+        return tokenize(sample.text), sample
+
+    def fits(index: int, size: int) -> bool:
+        return len(build(index, size)[0]) + task.new_tokens <= length
+
+    if not fits(0, task.least):
+        need = len(build(0, task.least)[0]) + task.new_tokens
+        raise InputError(f"length {length} is too short for task {name}: its smallest prompt and answer need {need}")
+    low, high = task.least, 2 * task.least
+    while fits(0, high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(0, middle) else (low, middle)
+    samples = []
+    for index in range(count):
+        size = low
+        while size > task.least and not fits(index, size):
+            size = max(task.least, size - max(1, size // 100))
+        samples.append(build(index, size))
+    return samples
+
+
+def score(prediction: str, answers: Sequence[str]) -> float:
+    """Share of the answers that the prediction contains, in %, whatever the case (RULER's string_match_all)."""
+    return 100 * sum(a.lower() in prediction.lower() for a in answers) / len(answers)

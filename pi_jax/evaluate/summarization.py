@@ -1,0 +1,151 @@
+"""Summaries of long documents, scored by ROUGE: the paper's GovReport protocol (section 3.5, Table 6).
+
+The first 15,000 tokens of a document stand in the paper's prompt; up to 1,000 tokens are drawn with temperature 0.5 and
+top-p 0.95; ROUGE is Google's `rouge-score`, F-measures averaged over documents. What the paper does not say is fixed
+here: words are stemmed, the prompt's last line ends before the summary, a summary ends at EOS.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rouge_score import rouge_scorer
+
+from pi_jax import cli
+from pi_jax.convert.sources import open_model
+from pi_jax.data.documents import Document, read_documents
+from pi_jax.data.prepare import SUMMARIZE, Prompt, load_tokenizer
+from pi_jax.errors import InputError
+from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
+from pi_jax.evaluate.perplexity import warn
+from pi_jax.metrics import note
+
+METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+"""rougeL takes the whole text as one sequence; rougeLsum joins the sequences of its lines."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summarization(ModelOptions):
+    """ROUGE of a model's summaries of long documents: GovReport as in the paper's Table 6."""
+
+    data: tuple[str, ...] = ()
+    """.jsonl(.gz, .zst) or .parquet files with documents and their reference summaries."""
+    document_field: str = "report"
+    """Field with the document."""
+    summary_field: str = "summary"
+    """Field with the reference summary."""
+    documents: int | None = None
+    """Only the first so many."""
+    max_input: int = 15_000
+    """Tokens of the document that are kept, the first ones."""
+    max_new_tokens: int = 1_000
+    """Tokens of a summary, at most."""
+    temperature: float = 0.5
+    """0: always the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the smallest set of likeliest tokens that has this probability."""
+    seed: int = 0
+    """Of the draws."""
+    bos: bool = False
+    """Put the model's BOS token before the prompt."""
+
+    def __post_init__(self):
+        if not self.data:
+            raise InputError("--data is empty: it needs at least one .jsonl or .parquet file")
+        for name in ("documents", "max_input", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+
+
+def rouge(references: Sequence[str], summaries: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """Precision, recall and F-measure of each of `METRICS` averaged over documents, and F of each document.
+
+    Words are lower-cased and stemmed, as `rouge_score` does with `use_stemmer`.
+    """
+    scorer = rouge_scorer.RougeScorer(METRICS, use_stemmer=True)
+    scores = [scorer.score(r, s) for r, s in zip(references, summaries, strict=True)]
+    names = {"precision": "precision", "recall": "recall", "f": "fmeasure"}
+    means = {m: {k: float(np.mean([getattr(s[m], n) for s in scores])) for k, n in names.items()} for m in METRICS}
+    return means, [{m: s[m].fmeasure for m in METRICS} for s in scores]
+
+
+def read_pairs(args: Summarization) -> list[Document]:
+    """Documents as prompts and their summaries as texts.
+
+    Raises:
+      InputError: for what `read_documents` refuses, or no documents.
+    """
+    found = read_documents(args.data, args.summary_field, args.document_field)
+    pairs = [d for d, _ in zip(found, range(args.documents), strict=False)] if args.documents else list(found)
+    if empty := [d.name for d in pairs if not d.prompt.strip() or not d.text.strip()]:
+        warn(f"{', '.join(empty[:3])}{' and more' if len(empty) > 3 else ''} left out: no document, or no summary")
+    pairs = [d for d in pairs if d.prompt.strip() and d.text.strip()]
+    if not pairs:
+        raise InputError(f"{', '.join(args.data)}: there is no document with a summary in it")
+    return pairs
+
+
+def summarization(args: Summarization) -> dict[str, Any]:
+    """Runs the command; returns what it prints as a dictionary."""
+    cli.require_writable(args.output)
+    source = open_model(args.model, args.rope)
+    bos = source.config.bos_token_id
+    if args.bos and bos is None:
+        raise InputError(f"--bos: {source.files}/config.json has no bos_token_id")
+    pairs = read_pairs(args)
+    prompts = Prompt(SUMMARIZE, args.max_input).encode(load_tokenizer(source.files), [d.prompt for d in pairs])
+    prompts = [[*([bos] if args.bos else []), *p.tolist()] for p in prompts]
+    generator, tokenizer, config = open_generator(args, max(map(len, prompts)) + args.max_new_tokens)
+    started = time.monotonic()
+    summaries = answer(
+        generator,
+        tokenizer,
+        prompts,
+        args.max_new_tokens,
+        batch_tokens=args.batch_tokens,
+        what="summaries",
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    summaries = [text.strip() for text in summaries]
+    means, each = rouge([d.text for d in pairs], summaries)
+    report = {
+        "command": "summarization",
+        "model": args.model,
+        "rope": f"{config.rope}",
+        "model_window": config.max_position_embeddings,
+        "original_window": config.original_window,
+        "protocol": {
+            "prompt": SUMMARIZE,
+            "max_input": args.max_input,
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "seed": args.seed,
+            "bos": args.bos,
+            "rouge": "rouge-score with stemming, mean over documents",
+            "dtype": args.dtype,
+        },
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "results": {"documents": len(pairs), "seconds": round(time.monotonic() - started, 1), **means},
+        "summaries": [
+            {"name": d.name, "prompt_tokens": len(p), "summary": s, **scores}
+            for d, p, s, scores in zip(pairs, prompts, summaries, each, strict=True)
+        ],
+    }
+    note(f"{args.model}: {config.rope}, {len(pairs)} documents, {args.dtype}; F-measure in %")
+    note("  ".join(f"{name} {100 * means[name]['f']:.2f}" for name in METRICS))
+    if args.output and jax.process_index() == 0:
+        cli.write_json(args.output, report)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: summarization(tyro.cli(Summarization, prog="python -m pi_jax.evaluate summarization", args=argv)))

@@ -1,0 +1,252 @@
+"""Sliding windows: every token once, with the context it should have."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pi_jax.config import ComputeConfig, RopeConfig, extend
+from pi_jax.errors import InputError
+from pi_jax.evaluate import perplexity, scoring, sliding
+from pi_jax.model import Llama
+from pi_jax.testing import tiny_model_config
+
+COMPUTE = ComputeConfig(dtype="float32", loss_chunk=16)
+
+
+@pytest.mark.parametrize(("length", "window", "stride"), [(1000, 100, 30), (100, 100, 1), (7, 100, 5), (101, 100, 99)])
+def test_every_token_is_scored_once_with_enough_before_it(length, window, stride):
+    windows = list(sliding.sliding_windows(0, length, window, stride))
+    scored = list(itertools.chain.from_iterable(range(w.first, w.stop) for w in windows))
+    assert scored == list(range(1, length))
+    for w in windows:
+        assert 0 <= w.start < w.first and w.stop - w.start <= window
+        assert w.first - w.start >= min(window - stride, w.first) and w.start % stride == 0
+
+
+@jax.jit
+def _log_probabilities(model, ids):
+    return jax.nn.log_softmax(model.logits(model(ids, jnp.arange(ids.shape[1])[None])))
+
+
+def _by_hand(model, tokens, window, stride, bos):
+    """Token after token, each from a forward pass of its own over the context the protocol gives it."""
+    losses = np.full(len(tokens), np.nan)
+    width = window - (bos is not None)
+    stop = min(width, len(tokens))
+    start, first = 0, 0 if bos is not None else 1
+    while True:
+        for i in range(first, stop):
+            context = ([bos] if bos is not None else []) + list(tokens[start:i])
+            padded = np.zeros((1, window), np.int32)  # what comes after is out of sight
+            padded[0, : len(context)] = context
+            losses[i] = -np.asarray(_log_probabilities(model, padded))[0, len(context) - 1, tokens[i]]
+        if stop == len(tokens):
+            return losses
+        start, first, stop = start + stride, stop, min(start + stride + width, len(tokens))
+
+
+@pytest.mark.parametrize("bos", [None, 256])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_losses_equal_those_by_hand(bos, devices):
+    from pi_jax import sharding
+    from pi_jax.config import MeshConfig
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, n).astype(np.int32) for n in (33, 9)]
+    with jax.set_mesh(mesh):
+        model = Llama(extend(tiny_model_config(), RopeConfig("linear", 2.0)), COMPUTE, jax.random.key(0))
+        found = sliding.score_documents(model, documents, 24, 7, mesh, bos)
+    alone = Llama(model.config, COMPUTE, jax.random.key(0))
+    for tokens, losses in zip(documents, found, strict=True):
+        np.testing.assert_allclose(losses, _by_hand(alone, tokens, 24, 7, bos), atol=1e-4)
+
+
+def test_one_program_serves_a_window(mesh):
+    documents = [np.arange(n) % 250 for n in (90, 7, 41)]
+    with jax.set_mesh(mesh):
+        model = Llama(tiny_model_config(), COMPUTE, jax.random.key(0))
+        before = scoring._score._cache_size()
+        for _ in range(2):  # as at two steps of a training run
+            sliding.score_documents(model, documents, 26, 7, mesh)
+    assert scoring._score._cache_size() == before + 1
+
+
+def test_summary_by_token_by_window_and_by_document():
+    losses = [np.array([np.nan, 1.0, 2.0, 3.0], np.float32), np.array([np.nan, 4.0], np.float32)]
+    windows = sliding.plan_windows([4, 2], 3, 1)
+    assert len(windows) == 3
+    result = perplexity.summarize(losses, ["a", "b"], [2], windows)
+    assert result["tokens"] == 4 and result["windows"] == 3
+    np.testing.assert_allclose(result["loss"], 2.5)
+    np.testing.assert_allclose(result["perplexity"], np.exp(2.5))
+    np.testing.assert_allclose(result["window_mean_perplexity"], np.exp((1.5 + 3 + 4) / 3))
+    assert [(b["from"], b["to"], b["tokens"]) for b in result["by_position"]] == [(0, 2, 2), (2, 4, 2)]
+    assert [b["loss"] for b in result["curve"]] == [None, 2.5, 2.0, 3.0]
+    assert [d["tokens"] for d in result["documents"]] == [3, 1]
+    np.testing.assert_allclose(result["documents"][0]["window_mean_perplexity"], np.exp((1.5 + 3) / 2))
+    assert "12.18" in perplexity.table([{"window": 4, **result}])
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, inputs, mesh):
+    from pi_jax.convert import hf
+
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    with jax.set_mesh(mesh):
+        hf.save(Llama(tiny_model_config(), COMPUTE, jax.random.key(0)), str(folder), inputs["tokenizer"])
+    return str(folder)
+
+
+def test_the_command_writes_what_it_prints(model_folder, inputs, tmp_path, capsys):
+    out = tmp_path / "deep" / "result.json"
+    perplexity.main(
+        ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "128", "--stride", "32"]
+        + ["--max-tokens", "200", "--rope.kind", "linear", "--rope.factor", "2", "--output", str(out)]
+    )
+    report = json.loads(out.read_text())
+    assert [r["window"] for r in report["results"]] == [64, 128]
+    assert report["results"][0]["tokens"] == 3 * 199 and report["protocol"]["bos"] == "none"
+    printed = capsys.readouterr()
+    assert "Linear(theta=10000.0, factor=2.0)" in printed.out and "warning" not in printed.err
+    assert f"{report['results'][1]['perplexity']:.2f}" in printed.out
+    assert [f.name for f in out.parent.iterdir()] == ["result.json"]
+
+
+def _run(*words):
+    perplexity.main(list(words))
+
+
+def test_what_a_reader_must_know_is_said(model_folder, inputs, tmp_path, capsys):
+    for name, text in {"long": "a" * 300, "short": "b" * 30, "none": ""}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    _run("--model", model_folder, "--data", str(tmp_path), "--windows", "128", "--stride", "64")
+    told = capsys.readouterr().err
+    assert "window 128 is beyond the 64 tokens that the model is scaled to" in told
+    assert "short.txt (30)" in told and "none.txt left out: a document needs at least two tokens" in told
+
+
+@pytest.mark.parametrize("policy", ["none", "document", "window"])
+def test_bos_policies_against_transformers(model_folder, inputs, tmp_path, policy):
+    """And token weights, windows' means: all as an independent computation has them."""
+    import importlib.util
+
+    import torch
+    import transformers
+
+    spec = importlib.util.spec_from_file_location("theirs", "tests/transformers_perplexity.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    texts = ["the grass is green and the sky is blue " * 5, "here we go", "x" * 97]
+    files = [tmp_path / f"{i}.txt" for i in range(3)]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    out = tmp_path / "ours.json"
+    _run(
+        *("--model", model_folder, "--data", *map(str, files), "--windows", "48", "--stride", "20", "--bos", policy),
+        *("--output", str(out)),
+    )
+    ours = json.loads(out.read_text())["results"][0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    documents = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    if policy == "document":
+        documents = [[256, *d] for d in documents]
+    expected = theirs.sliding_perplexity(model, documents, 48, 20, 256 if policy == "window" else None)
+    assert ours["tokens"] == expected["tokens"]
+    for name in ("perplexity", "window_mean_perplexity"):
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5)
+    assert abs(ours["perplexity"] - ours["window_mean_perplexity"]) > 1e-4 * ours["perplexity"]
+
+
+def test_an_interrupted_evaluation_goes_on(model_folder, inputs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "result.json"
+    words = ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "--stride", "32"]
+    words += ["--max-tokens", "300", "--output", str(out)]
+    _run(*words[:-1], str(tmp_path / "whole.json"))
+    calls, real = [], sliding.score_rows
+
+    def score_rows(*arguments, fail=True):
+        calls.append(arguments[1].shape)
+        if fail and len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(sliding, "BATCH_TOKENS", 64)  # a row on each of eight devices
+    monkeypatch.setattr(sliding, "_SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(sliding, "score_rows", score_rows)
+    with pytest.raises(SystemExit) as stop:
+        _run(*words)
+    assert stop.value.code == 130 and not out.exists()
+    first, calls[:] = list(calls), []
+    monkeypatch.setattr(sliding, "score_rows", lambda *x: score_rows(*x, fail=False))
+    _run(*words)
+    assert "Going on after 16 windows" in capsys.readouterr().out
+    monkeypatch.undo()
+    resumed, whole = (json.loads(f.read_text())["results"] for f in (out, tmp_path / "whole.json"))
+    needed = sum(-(-r["windows"] // 8) for r in whole)
+    assert len(first) - 1 + len(calls) == needed
+    for r in (*resumed, *whole):
+        r.pop("seconds")
+    for a, b in zip(*map(jax.tree.leaves, (resumed, whole)), strict=True):
+        assert a == b if isinstance(a, str) else abs(a - b) <= 1e-6 * abs(b)
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_losses_of_another_evaluation_are_not_taken_up(tmp_path):
+    path = tmp_path / "x.partial"
+    partial = sliding.Partial(path, "this")
+    partial.save("64/32", 3, np.ones(5, np.float32), last=True)
+    assert sliding.Partial(path, "this").load("64/32", np.zeros(5))[0] == 3
+    other = sliding.Partial(path, "other")
+    assert other.rejected and other.load("64/32", np.zeros(5))[0] == 0
+    path.write_bytes(path.read_bytes()[:-40])
+    damaged = sliding.Partial(path, "this")
+    assert damaged.rejected and damaged.windows_done == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"--model": "nowhere"}, "nowhere: there is no such folder"),
+        ({"--data": "nothing.txt"}, "nothing.txt"),
+        ({"--windows": "100000"}, "longer than every document"),
+        ({"--windows": "1"}, "windows"),
+        ({"--stride": "0"}, "stride"),
+        ({"--stride": "64"}, "stride 64 with a window of 64: the stride must be shorter"),
+        ({"--rope.kind": "cubic"}, "cubic"),
+        ({"--output": "/proc/none/x.json"}, "/proc/none/x.json cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(model_folder, inputs, arguments, message, capsys):
+    right = {
+        "--model": model_folder,
+        "--data": inputs["heldout"],
+        "--windows": "64",
+        "--max-tokens": "100",
+        "--stride": "32",
+    }
+    words = itertools.chain.from_iterable((right | arguments).items())
+    with pytest.raises(SystemExit) as stop:
+        perplexity.main(list(words))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_foreign_tokenizer_is_noticed(inputs):
+    with pytest.raises(InputError, match="260 tokens, the model's vocab_size is 100"):
+        perplexity.read_tokens([inputs["heldout"]], inputs["tokenizer"], 100, 50)
+
+
+def test_the_first_tokens_are_those_of_the_whole_text(inputs, tmp_path, monkeypatch):
+    """Also where a token stands for more characters than expected: here `<pad>`, for five instead of two."""
+    monkeypatch.setattr(perplexity, "_CHARACTERS_A_TOKEN", 2)
+    text = "<pad>" * 40 + "abc" * 2000
+    (tmp_path / "a.txt").write_text(text)
+    _, (whole,) = perplexity.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, None)
+    for count in (3, 39, 60):
+        _, (first,) = perplexity.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, count)
+        np.testing.assert_array_equal(first, whole[:count])
