@@ -19,7 +19,7 @@ test-slow: .venv/installed      ## what takes longer: memory at 32k tokens, atte
 test-compiled:                  ## the kernels compiled for A100, H100 and TPUs that are not here
 	test -x build/compilers/bin/python || $(PYTHON) -m venv build/compilers
 	build/compilers/bin/pip install --quiet --constraint constraints.txt --editable '.[compilers]'
-	build/compilers/bin/python -m pytest -m compiled tests/test_attention_compiled.py
+	build/compilers/bin/python -m pytest -m compiled tests/test_attention_compiled.py tests/test_plan_compiled.py
 
 test-transformers4: .venv/installed   ## exports read by transformers 4, in an environment of its own
 	rm -rf build/transformers4 build/exports

@@ -55,10 +55,11 @@ def _tokens(args: Benchmark) -> np.ndarray:
 def ours(args: Benchmark) -> dict:
     import jax
 
-    from pi_jax import sharding, train
+    from pi_jax import sharding
     from pi_jax.config import ComputeConfig, MeshConfig, OptimizerConfig
     from pi_jax.convert.sources import open_model
     from pi_jax.optimizer import make_optimizer
+    from pi_jax.step import first_state, make_step
 
     tokens = _tokens(args)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -73,12 +74,12 @@ def ours(args: Benchmark) -> dict:
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-5, warmup_steps=0), 100)
     with jax.set_mesh(mesh):
         compute = ComputeConfig(dtype="float32", remat=args.remat, loss_chunk=1024)
-        state = train.first_state(open_model(args.model).load(compute, mesh), optimizer)
-        step = train.make_step(optimizer)
+        state = first_state(open_model(args.model).load(compute, mesh), optimizer)
+        update = make_step(optimizer)
 
         def one():
             nonlocal state
-            state, values = step(state, sharding.put_batch(mesh, batch))
+            state, values = update(state, sharding.put_batch(mesh, batch))
             return float(values["loss"])
 
         return _time(one, args.steps) | {"jax": jax.__version__}

@@ -12,6 +12,7 @@ from pi_jax.errors import InputError
 
 COMMANDS = {
     "prepare": "text to tokens",
+    "plan": "will it fit? compiled for devices that are not here",
     "train": "fine-tune with a longer window",
     "evaluate": "prove the window: perplexity, passkey, RULER, standard benchmarks, summaries; a report",
     "generate": "text from a model",

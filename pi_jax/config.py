@@ -139,9 +139,12 @@ class ComputeConfig:
     dtype: DType = "bfloat16"
     """Of activations and matrix products. Norms, softmax, RoPE and loss are float32 always."""
     param_dtype: DType = "float32"
-    """Of the master weights and of the optimizer's moments."""
-    remat: Literal["none", "layer"] = "layer"
-    """'layer' keeps one activation a layer and recomputes the rest in the backward pass."""
+    """Of the master weights."""
+    remat: Literal["none", "layer", "attention", "offload"] = "layer"
+    """What is kept for the backward pass: everything; a layer's input; that and what attention gives, so that it is not
+    computed twice (not with cuDNN); or a layer's input in the host's memory (docs/parallelism.md)."""
+    accumulation: int = 1
+    """Parts in which the rows of a batch are computed, one after the other; the gradient is that of the whole."""
     attention: Literal["auto", "reference", "chunked", "pallas_triton", "splash", "cudnn"] = "auto"
     """Backend: see docs/attention.md; "auto" takes the best that this device and the packing allow."""
     loss_chunk: int = 1024
@@ -149,7 +152,7 @@ class ComputeConfig:
 
     def __post_init__(self):
         _require_types("compute", self)
-        _require_positive("compute", self, "loss_chunk")
+        _require_positive("compute", self, "loss_chunk", "accumulation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +218,10 @@ class OptimizerConfig:
     """Never applied to norms."""
     clip_norm: float = 1.0
     """Global gradient norm (ours); 0 turns clipping off."""
+    moment_dtype: DType = "float32"
+    """Of the two moments as they are stored; they are computed in float32."""
+    offload: bool = False
+    """Keep the moments in the host's memory, for models that would not fit otherwise; each step waits for them."""
 
     def __post_init__(self):
         _require_types("optimizer", self)
@@ -504,7 +511,7 @@ class _File:
     """Run the same experiment in miniature: tiny model and text, every code path."""
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Config, Config]:
+def parse(argv: Sequence[str] | None = None, command: str = "train") -> tuple[Config, Config]:
     """The config as overridden by the command line, and the file's own, to show the difference.
 
     Exits with status 2 and a hint on an unknown or ill-typed field, as argparse does.
@@ -513,11 +520,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Config]:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if not any(word.split("=")[0] == "--config" for word in argv):
-        tyro.cli(_File, prog="python -m pi_jax.train", args=argv)  # prints the help or names what is missing
+        tyro.cli(_File, prog=f"python -m pi_jax.{command}", args=argv)  # prints the help or names what is missing
     wants_help = [word for word in argv if word in ("-h", "--help")]
     file, overrides = tyro.cli(
         _File,
-        prog="python -m pi_jax.train",
+        prog=f"python -m pi_jax.{command}",
         args=[word for word in argv if word not in wants_help],
         return_unknown_args=True,
     )
@@ -526,7 +533,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Config]:
         base = smoke(base)
     config = tyro.cli(
         Config,
-        prog=f"python -m pi_jax.train --config {file.config}",
+        prog=f"python -m pi_jax.{command} --config {file.config}",
         default=base,
         args=overrides + wants_help,
         config=(tyro.conf.AvoidSubcommands,),

@@ -142,16 +142,22 @@ def _backward(chunk, gradients, cotangent):
 _weighted_loss.defvjp(_forward, _backward)
 
 
-def batch_loss(model: Llama, batch: dict[str, Array]) -> Float[Array, ""]:
-    """Mean loss in nats over the tokens of a batch, by `loss_weights`.
+def batch_loss(model: Llama, batch: dict[str, Array], total: Float[Array, ""] | None = None) -> Float[Array, ""]:
+    """Mean loss in nats over the tokens of a batch as `sharding.put_batch` lays it out, by `loss_weights`.
 
     Args:
       model: the model.
-      batch: `tokens`, `targets`, `positions`, `segment_ids` (integers) and `loss_weights` (float32), each [B, S].
+      batch: `tokens`, `targets`, `positions`, maybe `segment_ids` (integers) and `loss_weights` (float32), each [B, S].
+      total: what the sum is divided by, where this is a part of a batch; None: the sum of the weights here.
     """
-    hidden_BSD = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden_BSD = model(batch["tokens"], batch["positions"], batch.get("segment_ids"), zigzag=True)
     weights_BS = batch["loss_weights"]
     with jax.named_scope("loss"):
         chunk = model.compute.loss_chunk
         summed = weighted_loss(hidden_BSD, model.output_weights(), batch["targets"], weights_BS, chunk)
-        return summed / jnp.maximum(jnp.sum(weights_BS), 1.0)
+        return summed / (total_weight(batch) if total is None else total)
+
+
+def total_weight(batch: dict[str, Array]) -> Float[Array, ""]:
+    """Sum of the weights of a batch's targets, at least 1."""
+    return jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)

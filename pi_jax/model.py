@@ -17,13 +17,28 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pi_jax import rope, sharding, trees
-from pi_jax.attention import attention
+from pi_jax.attention import attention, device
+from pi_jax.attention.flash import SAVED_NAME
 from pi_jax.config import ComputeConfig, ModelConfig
 
 _INIT_STD = 0.02
+_LAYER_INPUT = "layer_input"
+
+# What is kept of a layer for its backward pass, by `compute.remat`; the rest is recomputed.
+_POLICIES = {
+    "layer": jax.checkpoint_policies.nothing_saveable,  # but the layer's input, which `jax.checkpoint` keeps always
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 def _weight(key: jax.Array, shape: tuple[int, ...], axes: sharding.LogicalAxes, dtype: str) -> nnx.Param:
@@ -56,6 +71,7 @@ class Llama(nnx.Module):
         tokens_BS: Int[Array, "B S"],
         positions_BS: Int[Array, "B S"],
         segment_ids_BS: Int[Array, "B S"] | None = None,
+        zigzag: bool = False,
     ) -> Float[Array, "B S D"]:
         """Final hidden states, normed; `output_weights` maps them to logits, a chunk at a time (`pi_jax.loss`).
 
@@ -64,6 +80,7 @@ class Llama(nnx.Module):
           positions_BS: RoPE positions, before interpolation. Attention is causal in the order of the row, whatever
             these say, so they may restart in each document or skip ahead.
           segment_ids_BS: document of each token; a token sees only its own. None: the row is one document.
+          zigzag: the tokens of a row lie in `sharding.zigzag` order, not one after the other.
         """
         dtype = self.compute.dtype
         with jax.named_scope("embed"):
@@ -71,11 +88,15 @@ class Llama(nnx.Module):
         with jax.named_scope("rope_phases"):
             cos_sin_BSR = rope.phases(positions_BS, self.config.head_dim, self.config.rope)
 
-        def block(x_BSD, layer):
-            return layer(x_BSD, cos_sin_BSR, segment_ids_BS), None
+        backend = functools.partial(attention, implementation=self.compute.attention)
+        attend = functools.partial(sharding.attend, backend, segment_ids_BS=segment_ids_BS, zigzag=zigzag)
 
-        if self.compute.remat == "layer":
-            block = jax.checkpoint(block, prevent_cse=False)  # inside scan nothing can be merged across iterations
+        def block(x_BSD, layer):
+            return layer(checkpoint_name(x_BSD, _LAYER_INPUT), cos_sin_BSR, attend), None
+
+        if self.compute.remat != "none":
+            # Inside scan nothing can be merged across iterations.
+            block = jax.checkpoint(block, prevent_cse=False, policy=_POLICIES[self.compute.remat])
         with jax.named_scope("layers"):
             x_BSD, _ = jax.lax.scan(block, x_BSD, self.layers)
         with jax.named_scope("final_norm"):
@@ -101,9 +122,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config, compute)
         self.mlp = MLP(config, compute, mlp_key)
 
-    def __call__(self, x_BSD, cos_sin_BSR, segment_ids_BS=None, attend=None):
+    def __call__(self, x_BSD, cos_sin_BSR, attend):
         with jax.named_scope("attention"):
-            x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin_BSR, segment_ids_BS, attend)
+            x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin_BSR, attend)
         with jax.named_scope("mlp"):
             return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
@@ -111,7 +132,7 @@ class Block(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions.
 
-    `attend(q_BSNH, k_BSKH, v_BSKH)`, where given, takes the place of attention within the row: a KV cache does.
+    `attend(q_BSNH, k_BSKH, v_BSKH)` is attention within the row, or to a KV cache.
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
@@ -124,7 +145,7 @@ class Attention(nnx.Module):
         self.v = _weight(keys[2], (K, H, D), ("kv_heads", "head", "embed"), compute.param_dtype)
         self.o = _weight(keys[3], (D, N, H), ("embed", "heads", "head"), compute.param_dtype)
 
-    def __call__(self, x_BSD, cos_sin_BSR, segment_ids_BS=None, attend=None):
+    def __call__(self, x_BSD, cos_sin_BSR, attend):
         dtype = self.compute.dtype
         with jax.named_scope("qkv"):
             q_BSNH, k_BSKH, v_BSKH = (
@@ -134,9 +155,6 @@ class Attention(nnx.Module):
         with jax.named_scope("rope"):
             q_BSNH, k_BSKH = (rope.apply_phases(x, *cos_sin_BSR) for x in (q_BSNH, k_BSKH))
 
-        if attend is None:
-            backend = functools.partial(attention, implementation=self.compute.attention)
-            attend = functools.partial(sharding.attend, backend, segment_ids_BS=segment_ids_BS)
         out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH)
         with jax.named_scope("out"):
             return sharding.einsum("BSNH,DNH->BSD", out_BSNH, _use(self.o, dtype), axes=("batch", "sequence", None))
@@ -155,12 +173,14 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BSD):
         gate, up = (_use(w, self.compute.dtype) for w in (self.gate, self.up))
-        if x_BSD.shape[1] == 1:  # a step of generation: joining the weights would cost ten times their products
+        # Apart on accelerators: joined, they take memory of a layer's width twice, and XLA adds their gradients up whole
+        # on every device. Apart for a step of generation: joining the weights would cost ten times their products.
+        if x_BSD.shape[1] == 1 or device.platform() != "cpu":
             axes = ("batch", "sequence", "mlp")
             gate_BSF, up_BSF = (sharding.einsum("BSD,FD->BSF", x_BSD, w, axes=axes) for w in (gate, up))
             hidden_BSF = jax.nn.silu(gate_BSF) * up_BSF
         else:
-            # One product for both: its gradient reads the input once (a quarter less time for the layer on a CPU).
+            # One product for both: its gradient reads the input once, a quarter less time for the layer on a CPU.
             wide = ("batch", "sequence", None, "mlp")
             both_BSCF = sharding.einsum("BSD,CFD->BSCF", x_BSD, jnp.stack([gate, up]), axes=wide)
             hidden_BSF = jax.nn.silu(both_BSCF[:, :, 0]) * both_BSCF[:, :, 1]
@@ -208,7 +228,7 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 def abstract(config: ModelConfig, compute: ComputeConfig) -> Llama:
     """The model's shapes and dtypes without any weights."""
-    return jax.eval_shape(functools.partial(Llama, config, compute), jax.random.key(0))
+    return jax.eval_shape(lambda: Llama(config, compute, jax.random.key(0)))
 
 
 def parameter_axes(model: Llama) -> dict[str, sharding.LogicalAxes]:

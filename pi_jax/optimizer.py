@@ -1,6 +1,7 @@
 """AdamW with linear warm-up, as in the paper's section 3.1, from optax."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -23,7 +24,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; its state has the structure, dtype and sharding of the parameters."""
+    """Clipping by global norm, then AdamW; its moments have the structure and sharding of the parameters."""
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     adamw = optax.adamw(
         learning_rate(config, steps),
@@ -33,7 +34,33 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=_decayed,
     )
-    return optax.chain(*clip, adamw)
+    return optax.chain(*clip, _stored(adamw, config.moment_dtype, config.offload))
+
+
+def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> optax.GradientTransformation:
+    """The same optimizer, computing in float32 on the device; its arrays are stored in `dtype`, maybe on the host."""
+    memory = jax.memory.Space.Host if on_host else jax.memory.Space.Device
+
+    def store(x):
+        if not x.ndim:
+            return x  # a count of steps
+        x = x.astype(dtype)
+        return jax.device_put(x, memory) if on_host else x
+
+    def load(x):
+        if not x.ndim:
+            return x
+        x = jax.device_put(x, jax.memory.Space.Device) if on_host else x
+        return x.astype(jnp.float32)
+
+    def init(params):
+        return jax.tree.map(store, inner.init(params))
+
+    def update(gradients, state, params):
+        updates, state = inner.update(gradients, jax.tree.map(load, state), params)
+        return updates, jax.tree.map(store, state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decayed(params):

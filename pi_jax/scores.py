@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi_jax import rope, sharding, theory
+from pi_jax.attention import attention
 from pi_jax.config import ComputeConfig, MeshConfig
 from pi_jax.convert.sources import open_model
 from pi_jax.evaluate.perplexity import read_tokens
@@ -103,7 +104,7 @@ def _queries_and_keys(model: Llama, tokens_S, queries_P, keys_P) -> tuple[np.nda
             q_SNH, k_SKH = (
                 jnp.einsum("SD,NHD->SNH", normed_SD, w[...]) for w in (layer.attention.q, layer.attention.k)
             )
-            return layer(x_BSD, cos_sin_BSR, None), (q_SNH[queries_P], k_SKH[keys_P])
+            return layer(x_BSD, cos_sin_BSR, attention), (q_SNH[queries_P], k_SKH[keys_P])
 
         return jax.lax.scan(block, model.embedding[...][jnp.asarray(tokens_S)][None], model.layers)[1]
 

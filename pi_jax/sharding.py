@@ -7,6 +7,10 @@ Every dimension of every parameter and activation has a logical name. `ShardingR
 FSDP: parameters, gradients and optimizer state are split along `embed` over "fsdp". `gather` assembles a weight just
 before its use; its transpose splits the gradient again, so no device ever holds a whole model of either.
 
+Context parallelism: each device has a part of every row and gathers the keys and values of the whole row. Causality
+would give the last device most of the work, so a row is cut into two chunks a device and device i of n holds chunks i
+and 2n - 1 - i, "zigzag": all have the same number of keys to visit. `put_batch` lays rows out so.
+
 Outside a mesh all functions here do nothing, so a model runs on one device without a word about sharding.
 """
 
@@ -101,7 +105,11 @@ def require_divisible(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
         rule = getattr(RULES, axis) or ()
         shards = math.prod(mesh.shape[a] for a in _names(rule))
         if size % shards:
-            raise InputError(f"{name} is {size}, which does not divide over {shards} devices ({axis} axis of the mesh)")
+            fitting = ", ".join(str(n) for n in range(1, min(size, jax.device_count(), 1024) + 1) if size % n == 0)
+            raise InputError(
+                f"{name} is {size}, which does not divide over {shards} devices ({axis} axis of the mesh): "
+                f"{fitting} would do"
+            )
 
 
 def _in_mesh() -> bool:
@@ -145,7 +153,21 @@ def on_every_device(tree):
     return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), tree) if _in_mesh() else tree
 
 
-def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
+def zigzag(length: int, shards: int) -> np.ndarray:
+    """Place in the row of each token of a row laid out for `shards` devices: [0 .. length) if there is one."""
+    chunks = np.arange(length).reshape(2 * shards, -1) if shards > 1 else np.arange(length)[None]
+    order = [c for i in range(shards) for c in (i, 2 * shards - 1 - i)] if shards > 1 else [0]
+    return chunks[order].reshape(-1)
+
+
+def _in_order(x_BT):
+    """A whole row out of zigzag order: even chunks ascend, odd ones descend (no gather: its gradient is slow)."""
+    shards = jax.sharding.get_abstract_mesh().shape[RULES.sequence]
+    pairs = x_BT.reshape(x_BT.shape[0], shards, 2, -1, *x_BT.shape[2:])
+    return jnp.concatenate([pairs[:, :, 0], jnp.flip(pairs[:, :, 1], axis=1)], axis=1).reshape(x_BT.shape)
+
+
+def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS, zigzag=False):
     """Calls `attention(q, k, v, segment_ids=[, q_positions=])` on each device's own rows, heads and queries.
 
     Rows and heads are independent. Where the sequence is split, every device needs all keys and values of its rows up
@@ -163,9 +185,14 @@ def attend(attention, q_BSNH, k_BSKH, v_BSKH, segment_ids_BS):
     def local(q, k, v, *segments):
         if not split:  # said without positions, so that backends which take none can be used
             return attention(q, k, v, segment_ids=segments or None)
-        place = jax.lax.axis_index(RULES.sequence) * q.shape[1] + jnp.arange(q.shape[1])
-        q_positions = jnp.broadcast_to(place, q.shape[:2])
-        return attention(q, k, v, segment_ids=segments or None, q_positions=q_positions)
+        shard, length = jax.lax.axis_index(RULES.sequence), q.shape[1]
+        place = shard * length + jnp.arange(length)
+        if zigzag:
+            k, v, *segments = (*map(_in_order, (k, v)), *segments[:1], *map(_in_order, segments[1:]))
+            half, last = length // 2, 2 * k.shape[1] // length - 1
+            place = jnp.arange(half) + half * jnp.stack([shard, last - shard])[:, None]
+        q_positions = jnp.broadcast_to(place.reshape(-1), q.shape[:2])
+        return attention(q, k, v, segment_ids=tuple(segments) or None, q_positions=q_positions)
 
     out_specs = jax.typeof(q_BSNH).sharding.spec
     return jax.shard_map(local, out_specs=out_specs, check_vma=False)(q_BSNH, k_BSKH, v_BSKH, *segments)
@@ -226,6 +253,18 @@ def _gathered(x):
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A host's rows of a global batch, [B, S] or [B] each, as global arrays split over batch and sequence."""
-    axes = ("batch", "sequence")
-    return {k: jax.make_array_from_process_local_data(named(mesh, axes[: v.ndim]), v) for k, v in batch.items()}
+    """A host's rows of a global batch, [B, S] each, as global arrays: rows in zigzag order, split over the mesh."""
+    place = named(mesh, ("batch", "sequence"))
+    order = zigzag(batch["tokens"].shape[1], mesh.shape[RULES.sequence])
+    return {k: jax.make_array_from_process_local_data(place, v[:, order]) for k, v in batch.items()}
+
+
+def split_rows(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+    """[B, S] -> [parts, B / parts, S]: parts of a batch, each spread over the same devices as the whole."""
+
+    def split(x_BS):
+        shape = (x_BS.shape[0] // parts, parts, x_BS.shape[1])
+        out = RULES.spec(("batch", None, "sequence")) if _in_mesh() else None
+        return jnp.moveaxis(jnp.reshape(x_BS, shape, out_sharding=out), 1, 0)
+
+    return jax.tree.map(split, batch)

@@ -9,12 +9,11 @@ import functools
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from pi_jax import __version__, cli, metrics, sharding, testing
 from pi_jax.checkpoint import Checkpoints
@@ -28,48 +27,18 @@ from pi_jax.errors import InputError
 from pi_jax.evaluate.during_training import Evaluation
 from pi_jax.loss import batch_loss
 from pi_jax.metrics import note
-from pi_jax.model import Llama, abstract, parameter_axes
+from pi_jax.model import Llama
 from pi_jax.optimizer import learning_rate, make_optimizer
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that changes from step to step."""
-
-    step: jax.Array
-    """Finished updates, int32."""
-    model: Llama
-    opt_state: optax.OptState
-
-
-StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def make_step(optimizer: optax.GradientTransformation) -> StepFn:
-    """The compiled update: (state, batch) -> (state, {'loss', 'grad_norm'}); it takes the old state's memory."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradients = jax.value_and_grad(batch_loss)(state.model, batch)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
-            model = optax.apply_updates(state.model, updates)
-        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, model, opt_state), values
-
-    return step
-
-
-def first_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0; on an explicit mesh the optimizer's moments come out split like their parameters."""
-
-    @jax.jit
-    def rest(model):
-        return jax.numpy.int32(0), optimizer.init(model)
-
-    step, opt_state = rest(model)
-    return TrainState(step, model, opt_state)
+from pi_jax.step import (
+    TrainState,
+    abstract_batch,
+    abstract_model,
+    abstract_state,
+    check_sizes,
+    columns,
+    first_state,
+    make_step,
+)
 
 
 def train(config: Config, base: Config) -> dict[str, Any]:
@@ -91,7 +60,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     summary = describe(config, base)
     if BUILTIN in (*config.data.sources, *config.evaluate.data, config.train.init_from):
         config = _with_builtin(config, testing.tiny_inputs())
-    model_config, files = _model_config(config)
+    model_config, files = open_architecture(config)
     pipeline = open_pipeline(config.data)
     files = files or pipeline.tokenizer_dir
     mesh = sharding.make_mesh(config.mesh)
@@ -124,7 +93,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
         peak = metrics.peak_flops(config.logging)
 
         # ---- Loop.
-        rows = _host_rows(config.data.batch_size)
+        rows, names = _host_rows(config.data.batch_size), columns(config.data)
         window_values, since = [], time.monotonic()
         last_log = first
         with metrics.Metrics(output, config.logging, flatten(config), first) as log:
@@ -132,7 +101,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                 evaluation(state.model, mesh, 0, log)
                 since = time.monotonic()
             for index, batch in zip(range(first, config.train.steps), pipeline.iterate(first, rows), strict=False):
-                state, values = step_fn(state, sharding.put_batch(mesh, batch))
+                state, values = step_fn(state, sharding.put_batch(mesh, {k: batch[k] for k in names}))
                 window_values.append(values)
                 step = index + 1
                 if step == first + 1 or step % config.logging.every == 0 or step == config.train.steps:
@@ -198,7 +167,7 @@ def _require_folder(output: pathlib.Path) -> None:
         raise InputError(f"train.output {output} cannot be made: {error.strerror}") from None
 
 
-def _model_config(config: Config) -> tuple[ModelConfig, str]:
+def open_architecture(config: Config) -> tuple[ModelConfig, str]:
     """The architecture to train, extended as `rope` says, and the folder with its tokenizer ("": that of the data)."""
     model, files = config.model, ""
     if config.train.init_from:
@@ -241,28 +210,10 @@ def _check(config: Config, model: ModelConfig, pipeline: Pipeline, files: str, m
             f"data.{field} is {config.data.reach}, but rope.factor {config.rope.factor:g} stretches the base window of "
             f"{model.original_window} to {model.max_position_embeddings}: the factor must be at least {need:g}"
         )
-    sizes = {
-        "data.batch_size": (config.data.batch_size, "batch"),
-        "data.window": (config.data.window, "sequence"),
-        "model.hidden_size": (model.hidden_size, "embed"),
-        "model.num_attention_heads": (model.num_attention_heads, "heads"),
-        "model.num_key_value_heads": (model.num_key_value_heads, "kv_heads"),
-        "model.intermediate_size": (model.intermediate_size, "mlp"),
-        "model.vocab_size": (model.vocab_size, "vocab"),
-    }
-    sharding.require_divisible(mesh, sizes)
+    check_sizes(config, model, mesh)
     # One loss is traced, not computed: what an attention backend refuses is said before anything is written.
-    template = abstract(model, config.compute)
-    placed = jax.tree.map(_on, template, sharding.shard_tree(mesh, template, parameter_axes(template)))
-    rows = jax.ShapeDtypeStruct((config.data.batch_size, config.data.window), "int32")
-    rows = _on(rows, sharding.named(mesh, ("batch", "sequence")))
-    batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), rows)
     with jax.set_mesh(mesh):
-        jax.eval_shape(batch_loss, placed, batch | {"loss_weights": rows.update(dtype="float32")})
-
-
-def _on(leaf: jax.ShapeDtypeStruct, place: jax.NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        jax.eval_shape(batch_loss, abstract_model(model, config.compute, mesh), abstract_batch(config.data, mesh))
 
 
 def _vocab_hash(files: str) -> str | None:
@@ -275,12 +226,9 @@ def _vocab_hash(files: str) -> str | None:
 
 
 def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> TrainState:
-    template = abstract(model_config, config.compute)
-    shardings = sharding.shard_tree(mesh, template, parameter_axes(template))
+    template = abstract_model(model_config, config.compute, mesh)
     if checkpoints.steps():
-        target = jax.tree.map(_on, template, shardings)
-        shapes = jax.eval_shape(functools.partial(first_state, optimizer=optimizer), target)
-        restored = checkpoints.restore(jax.tree.map(functools.partial(_placed, mesh), shapes))
+        restored = checkpoints.restore(abstract_state(template, optimizer, mesh))
         for reason in restored.skipped:
             note(f"Left out checkpoint of {reason}")
         for what, now in resumes.items():
@@ -299,14 +247,9 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
         source = dataclasses.replace(source, config=model_config)
         return first_state(source.load(config.compute, mesh), optimizer)
     note("Starting from random weights")
-    make = jax.jit(functools.partial(Llama, model_config, config.compute), out_shardings=shardings)
+    places = jax.tree.map(lambda x: x.sharding, template)
+    make = jax.jit(functools.partial(Llama, model_config, config.compute), out_shardings=places)
     return first_state(make(jax.random.key(config.train.seed)), optimizer)
-
-
-def _placed(mesh: jax.sharding.Mesh, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A shape whose partition is known by its type, on the devices of the mesh; a step count is on all of them."""
-    spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
 
 def _host_rows(batch_size: int) -> slice:

@@ -1,0 +1,17 @@
+"""LLaMA 13B from 2,048 to 32,768 tokens by Position Interpolation, as in the paper: 1000 steps.
+
+    python -m pi_jax.prepare --input TEXT --tokenizer models/llama-13b --output data/pile --window 32768
+    python -m pi_jax.plan --config configs/13b_32k.py --topology a100-80gb:128
+    python -m pi_jax.train --config configs/13b_32k.py
+
+Expected (Chen et al. 2023, Table 1, PG-19 perplexity by evaluation window; the base model has 6.59 at 2,048):
+6.54 at 2,048, 6.40 at 4,096, 6.28 at 8,192, 6.18 at 16,384, 6.09 at 32,768.
+Hardware: 128 A100-80GB, the paper's number (memory: docs/performance.md). `launch/` starts it on a cluster.
+"""
+
+from pi_jax.config import Config
+from pi_jax.recipes import llama
+
+
+def get_config() -> Config:
+    return llama("13b", window=32768)

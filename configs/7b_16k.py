@@ -1,0 +1,17 @@
+"""LLaMA 7B from 2,048 to 16,384 tokens by Position Interpolation, as in the paper: 1000 steps.
+
+    python -m pi_jax.prepare --input TEXT --tokenizer models/llama-7b --output data/pile --window 16384
+    python -m pi_jax.plan --config configs/7b_16k.py --topology a100-80gb:128
+    python -m pi_jax.train --config configs/7b_16k.py
+
+Expected (Chen et al. 2023, Table 1, PG-19 perplexity by evaluation window; the base model has 7.20 at 2,048):
+7.11 at 2,048, 6.93 at 4,096, 6.82 at 8,192, 6.83 at 16,384.
+Hardware: 128 A100-80GB, the paper's number (memory: docs/performance.md). `launch/` starts it on a cluster.
+"""
+
+from pi_jax.config import Config
+from pi_jax.recipes import llama
+
+
+def get_config() -> Config:
+    return llama("7b", window=16384)

@@ -1,0 +1,56 @@
+"""What a compiled program says of itself: the collectives of a step, read from XLA's text."""
+
+import collections
+import math
+import re
+
+_COLLECTIVE = re.compile(
+    r" = (?P<type>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
+)
+_SHAPE = re.compile(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """Collectives of a compiled program on one device: kind -> {'count', 'bytes'}, loops counted as often as they run.
+
+    Bytes are those of the whole array: gathered, reduced, or scattered from.
+    """
+    lines, name = collections.defaultdict(list), None
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%").split("(")[0]
+            if line.startswith("ENTRY"):
+                entry = name
+        elif name:
+            lines[name].append(line)
+    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+
+    def visit(computation: str, times: int) -> None:
+        for line in lines[computation]:
+            if match := _COLLECTIVE.search(line):
+                shapes = [int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+                          for _, bits, dims in _SHAPE.findall(match["type"])]  # fmt: skip
+                if match["start"] and match["kind"] == "all-gather":
+                    shapes = shapes[len(shapes) // 2 :]  # operands come first
+                if match["start"] and match["kind"] == "collective-permute":
+                    shapes = shapes[:1]
+                size = sum(shapes) * (_group(line) if match["kind"] == "reduce-scatter" else 1)
+                found[match["kind"]]["count"] += times
+                found[match["kind"]]["bytes"] += times * size
+                continue
+            trips = _TRIPS.search(line)
+            for called in _CALLED.findall(line):
+                visit(called, times * int(trips[1]) if trips else times)
+
+    visit(entry, 1)
+    return dict(found)
+
+
+def _group(line: str) -> int:
+    """Devices that take part."""
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    match = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return len(match[1].split(",")) if match else 1

@@ -1,0 +1,111 @@
+"""The plan of a step: parts, collectives, what is refused. Compiled here for 8 virtual CPU devices; see also
+test_plan_compiled.py for the real targets."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+
+import jax
+import pytest
+
+from pi_jax import hlo, plan, sharding, topology
+from pi_jax.config import ComputeConfig, Config, DataConfig, MeshConfig, RopeConfig, extend, load_config
+from pi_jax.errors import InputError
+from pi_jax.testing import tiny_model_config
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def _plan(layers=2, mesh=MeshConfig(), window=256, **compute):
+    model = extend(dataclasses.replace(tiny_model_config(), num_hidden_layers=layers), RopeConfig("linear", 4.0))
+    compute = ComputeConfig(dtype="float32", loss_chunk=64, **compute)
+    config = Config(compute=compute, data=DataConfig(window=window, batch_size=16), mesh=mesh)
+    return plan.plan(config, model, sharding.make_mesh(mesh), 2**30)
+
+
+def test_parameters_moments_and_gradients_are_those_of_one_of_eight_devices():
+    found = _plan()
+    model = tiny_model_config()
+    each = 4 * model.num_parameters() / 8
+    for part, times in (("parameters", 1), ("gradients", 1), ("moments", 2)):
+        assert each * times <= found.parts[part] < 1.01 * each * times + 4096, part  # norms are whole everywhere
+    assert found.parts["kept activations"] == 2 * 2 * 256 * model.hidden_size * 4
+    assert sum(found.parts.values()) == found.peak and found.fits
+
+
+def test_collectives_count_every_turn_of_a_loop():
+    two, four = (_plan(layers=n).collectives["all-gather"]["count"] for n in (2, 4))
+    eight = _plan(layers=8).collectives["all-gather"]["count"]
+    assert four > two and eight - four == 2 * (four - two)
+    text = """HloModule m
+%body (p: f32[8]) -> f32[8] {
+  %g = (bf16[2,4], bf16[2,32]) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %r = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1,2,3}}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+    assert hlo.collectives(text) == {
+        "all-gather": {"count": 3, "bytes": 3 * 2 * 32 * 2},
+        "reduce-scatter": {"count": 3, "bytes": 3 * 4 * 4 * 4},
+    }
+
+
+def test_memory_grows_with_the_window_no_faster_than_the_window():
+    short, long = (_plan(window=n) for n in (1024, 2048))
+    fixed = sum(short.parts[name] for name in ("parameters", "moments", "gradients"))
+    assert long.peak - fixed <= 2.1 * (short.peak - fixed)
+
+
+def test_parts_of_a_batch_take_less():
+    assert _plan(accumulation=2).parts["kept activations"] * 2 == _plan().parts["kept activations"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a100", "write a100-80gb|there is no 'a100'"),
+        ("h100", "write h100:COUNT"),
+        ("h100:12", "must be a multiple"),
+        ("v5p:48", "slices of v5p have"),
+        ("h100:-8", "write h100:COUNT"),
+    ],
+)
+def test_topologies_that_do_not_exist_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        topology.parse(text)
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("h100:8", "v5p:8"):
+        with pytest.raises(InputError, match=r"pip install 'pi_jax\[compilers\]'"):
+            topology.parse(name).devices()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_says_how_to_run_it(path):
+    config = load_config(str(path))
+    assert f"--config configs/{path.name}" in runpy.run_path(str(path))["__doc__"]
+    if config.model and config.rope.kind == "linear":
+        assert extend(config.model, config.rope).max_position_embeddings == config.data.window
+
+
+def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
+    here = topology.Chip("cpu", 2**30)
+    monkeypatch.setitem(topology.CHIPS, "v5e", here)
+    monkeypatch.setattr(topology.Topology, "devices", lambda self: jax.devices()[: self.count])
+    output = tmp_path / "plan.json"
+    config = str(CONFIGS[0].parent / "tiny.py")
+    plan.main(["--config", config, "--topology", "v5e:8", "--output", str(output), "--data.batch-size", "16"])
+    written = json.loads(output.read_text())
+    assert f"{written['peak'] / 2**30:8.2f}" in capsys.readouterr().out
+    plan.main(["--config", config, "--topology", "v5e:8", "--search", "--output", str(output)])
+    tried = json.loads(output.read_text())["tried"]
+    assert [t["topology"] for t in tried] == ["v5e:1"] * len(tried) and tried[-1]["rows"] == 8
+    monkeypatch.setitem(topology.CHIPS, "v5e", dataclasses.replace(here, memory=2**20))
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["--config", config, "--topology", "v5e:8"])
+    assert stop.value.code == 1
