@@ -147,17 +147,32 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD, cos_sin_BSR, attend):
         dtype = self.compute.dtype
+        one = x_BSD.shape[1] == 1  # a step of generation
         with jax.named_scope("qkv"):
-            q_BSNH, k_BSKH, v_BSKH = (
-                sharding.einsum("BSD,NHD->BSNH", x_BSD, _use(w, dtype), axes=("batch", "sequence", *w.axes[:2]))
-                for w in (self.q, self.k, self.v)
-            )
+            project = _one_to_heads if one else _to_heads
+            q_BSNH, k_BSKH, v_BSKH = (project(x_BSD, _use(w, dtype), w.axes[0]) for w in (self.q, self.k, self.v))
         with jax.named_scope("rope"):
             q_BSNH, k_BSKH = (rope.apply_phases(x, *cos_sin_BSR) for x in (q_BSNH, k_BSKH))
 
         out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH)
         with jax.named_scope("out"):
-            return sharding.einsum("BSNH,DNH->BSD", out_BSNH, _use(self.o, dtype), axes=("batch", "sequence", None))
+            o_DNH, axes = _use(self.o, dtype), ("batch", "sequence", None)
+            if one:
+                out_BSF = out_BSNH.reshape(*out_BSNH.shape[:2], -1)
+                return sharding.einsum("BSF,DF->BSD", out_BSF, o_DNH.reshape(len(o_DNH), -1), axes=axes)
+            return sharding.einsum("BSNH,DNH->BSD", out_BSNH, o_DNH, axes=axes)
+
+
+def _to_heads(x_BSD, w_NHD, heads):
+    return sharding.einsum("BSD,NHD->BSNH", x_BSD, w_NHD, axes=("batch", "sequence", heads, "head"))
+
+
+def _one_to_heads(x_B1D, w_NHD, heads):
+    """The same for a single token, by a matrix: XLA's CPU backend transposes three-dimensional weights each time, which
+    costs ten times their products."""
+    N, H, D = w_NHD.shape
+    flat_B1F = sharding.einsum("BSD,FD->BSF", x_B1D, w_NHD.reshape(N * H, D), axes=("batch", "sequence", heads))
+    return flat_B1F.reshape(*x_B1D.shape[:2], N, H)
 
 
 class MLP(nnx.Module):

@@ -38,15 +38,18 @@ def models(mesh):
     return {name: _lively(extend(tiny_model_config(), kind), mesh) for name, kind in KINDS.items()}
 
 
+@jax.jit
+def _logits_of(model, ids):
+    return model.logits(model(ids, jnp.arange(ids.shape[1])[None]))
+
+
 def _uncached(model, prompt, count):
     """Greedy continuation, each token from a pass over everything before it; and the logits it was taken from."""
-    size = len(prompt) + count
-    logits_of = jax.jit(lambda ids, length: model.logits(model(ids, jnp.minimum(jnp.arange(size), length - 1)[None])))
     tokens, logits = list(prompt), []
     for _ in range(count):
-        padded = np.zeros((1, size), np.int32)
+        padded = np.zeros((1, 96), np.int32)  # one program for all prompts
         padded[0, : len(tokens)] = tokens
-        logits.append(np.asarray(logits_of(padded, len(tokens))[0, len(tokens) - 1]))
+        logits.append(np.asarray(_logits_of(model, padded)[0, len(tokens) - 1]))
         tokens.append(int(logits[-1].argmax()))
     return tokens[len(prompt) :], np.array(logits)
 

@@ -162,6 +162,7 @@ def test_race_middle_has_the_form_of_race(tmp_path):
         assert task.doc_to_target(doc) == race.doc_to_target(problems)
 
 
+@pytest.mark.slow  # reads the harness's list of all tasks: ten seconds
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
@@ -174,5 +175,6 @@ def test_unknown_tasks_are_named(tasks, message):
         harness.load_tasks(tasks, "")
 
 
+@pytest.mark.slow
 def test_table_5_is_the_papers():
     assert harness.load_tasks(["table5"], "")[0] == ["boolq", "piqa", "race_middle", "race", "winogrande"]

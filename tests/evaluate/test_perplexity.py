@@ -49,8 +49,7 @@ def _by_hand(model, tokens, window, stride, bos):
         start, first, stop = start + stride, stop, min(start + stride + width, len(tokens))
 
 
-@pytest.mark.parametrize("bos", [None, 256])
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(("bos", "devices"), [(None, 1), (256, 4)])
 def test_losses_equal_those_by_hand(bos, devices):
     from pi_jax import sharding
     from pi_jax.config import MeshConfig

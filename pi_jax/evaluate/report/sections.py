@@ -251,7 +251,9 @@ def ruler(results: list[Result]) -> Iterable[Section]:
     rows = [[*row, _effective(results, row[0])] for row in grid(lambda e: e.get("average"))]
     parts: list[Table | Figure] = [Table([*heads, "effective length"], rows, "Average score (0 to 100)", "high")]
     tasks = list(dict.fromkeys(t for e in cells.values() for t in e.get("tasks", {})))
-    parts += [Table(heads, grid(lambda e, t=task: e.get("tasks", {}).get(t)), task, "high", 1) for task in tasks]
+    each = [(k, n) for k in labels for n in lengths if (k, n) in cells]
+    rows = [[task, *(cells[key].get("tasks", {}).get(task) for key in each)] for task in tasks]
+    parts.append(Table(["task", *(f"{k}, {figures.tokens(n)}" for k, n in each)], rows, "By task", digits=1))
     yield Section("RULER", parts, _protocol(results))
 
 
