@@ -188,7 +188,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BSD):
         gate, up = (_use(w, self.compute.dtype) for w in (self.gate, self.up))
-        # Apart on accelerators: joined, they take memory of a layer's width twice, and XLA adds their gradients up whole
+        # Apart on accelerators: joined, they take a layer's widest memory twice, and XLA adds their gradients up whole
         # on every device. Apart for a step of generation: joining the weights would cost ten times their products.
         if x_BSD.shape[1] == 1 or device.platform() != "cpu":
             axes = ("batch", "sequence", "mlp")
