@@ -9,9 +9,12 @@ perplexity of 3.50 at 8,192 and 2.64 at 32,768 tokens (Peng et al. 2023, Table 2
 (docs/performance.md).
 """
 
-from pi_jax.config import Config
+import dataclasses
+
+from pi_jax.config import ComputeConfig, Config
 from pi_jax.recipes import llama
 
 
 def get_config() -> Config:
-    return llama("llama-2-7b", window=32768)
+    # 16 rows a device, one at a time.
+    return dataclasses.replace(llama("llama-2-7b", window=32768), compute=ComputeConfig(accumulation=16))

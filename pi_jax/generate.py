@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pi_jax import cache, cli, rope, sampling, sharding
+from pi_jax import cache, cli, distributed, rope, sampling, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.errors import InputError
 from pi_jax.model import Block, Llama, RMSNorm, parameter_axes
@@ -382,7 +382,13 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    cli.run(lambda: generate(tyro.cli(Generate, prog="python -m pi_jax.generate", args=argv)))
+
+    def command():
+        args = tyro.cli(Generate, prog="python -m pi_jax.generate", args=argv)
+        distributed.initialize()
+        generate(args)
+
+    cli.run(command)
 
 
 if __name__ == "__main__":

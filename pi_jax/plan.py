@@ -57,8 +57,8 @@ class Plan:
     """Model FLOPs of a step, all devices; the formula stands in `pi_jax.metrics`."""
     seconds: tuple[float, float]
     """A step's duration at the MFU of `MFU`."""
-    collectives: dict[str, dict[str, int]]
-    """Kind -> {'count', 'bytes'} of a step on one device."""
+    collectives: dict[str, dict[str, int]] | None
+    """Kind -> {'count', 'bytes'} of a step on one device; None: the compiler's text could not be read."""
     compile_seconds: float
 
     @property
@@ -120,7 +120,7 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
         host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
         flops=flops,
         seconds=(flops / peak_flops / MFU[1], flops / peak_flops / MFU[0]),
-        collectives=hlo.collectives(compiled.as_text()),
+        collectives=_collectives(compiled),
         compile_seconds=seconds,
     )
 
@@ -130,7 +130,16 @@ def _compile(function, arguments, gpu: bool):
     platform = "cuda" if platform == "gpu" else platform
     # Without autotuning, which would need the device: another choice of a product's tiles takes other scratch memory.
     options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+    # A step is compiled already, and gives its old state's memory to the new one: once more would undo that.
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return jitted.trace(*arguments).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+
+
+def _collectives(compiled) -> dict[str, dict[str, int]] | None:
+    try:
+        return hlo.collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:  # a libtpu newer than this jaxlib writes what jaxlib cannot read
+        return None
 
 
 def _peak(stats) -> int:
@@ -264,8 +273,8 @@ def report(p: Plan, config: Config, model: ModelConfig) -> str:
         f"At an assumed MFU of {MFU[0]:.0%} to {MFU[1]:.0%}: {p.seconds[1]:.1f} to {p.seconds[0]:.1f} s a step, "
         f"{p.seconds[1] * config.train.steps / 3600:.1f} to {p.seconds[0] * config.train.steps / 3600:.1f} h for "
         f"{config.train.steps} steps",
-        "Collectives of a step, each device:",
-        *(f"  {k:<20}{v['count']:6}  {v['bytes'] / 1e9:8.1f} GB" for k, v in sorted(p.collectives.items())),
+        "Collectives of a step, each device:" + ("" if p.collectives is not None else " not known for this compiler"),
+        *(f"  {k:<20}{v['count']:6}  {v['bytes'] / 1e9:8.1f} GB" for k, v in sorted((p.collectives or {}).items())),
     ]
     return "\n".join(lines)
 

@@ -252,11 +252,39 @@ def _gathered(x):
     return on_every_device(x)
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A host's rows of a global batch, [B, S] each, as global arrays: rows in zigzag order, split over the mesh."""
+def local_rows(mesh: Mesh, rows: int) -> slice:
+    """The rows of a global batch that the devices of this process need."""
+    spans = [index[0].indices(rows)[:2] for index in _placed_rows(mesh, rows)]
+    return slice(min(first for first, _ in spans), max(last for _, last in spans))
+
+
+def _placed_rows(mesh: Mesh, rows: int):
+    return named(mesh, ("batch",)).addressable_devices_indices_map((rows,)).values()
+
+
+def put_batch(
+    mesh: Mesh, batch: dict[str, np.ndarray], first: int = 0, rows: int | None = None
+) -> dict[str, jax.Array]:
+    """Rows of a global batch as global arrays, in zigzag order, split over the mesh.
+
+    Args:
+      mesh: where to.
+      batch: [B, S] each: at least the rows that this process needs, `local_rows`.
+      first: row of the global batch that `batch` begins with.
+      rows: of the global batch; None: those of `batch`.
+    """
     place = named(mesh, ("batch", "sequence"))
-    order = zigzag(batch["tokens"].shape[1], mesh.shape[RULES.sequence])
-    return {k: jax.make_array_from_process_local_data(place, v[:, order]) for k, v in batch.items()}
+    here, length = batch["tokens"].shape
+    order = zigzag(length, mesh.shape[RULES.sequence])
+
+    def put(x_BS):
+        def part(index):
+            start, stop, _ = index[0].indices(rows or here)
+            return x_BS[start - first : stop - first, order[index[1]]]
+
+        return jax.make_array_from_callback((rows or here, length), place, part)
+
+    return jax.tree.map(put, batch)
 
 
 def split_rows(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:

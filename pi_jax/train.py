@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from pi_jax import __version__, cli, metrics, sharding, testing
+from pi_jax import __version__, cli, distributed, metrics, sharding, testing
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import BUILTIN, Config, ModelConfig, describe, extend, flatten, parse
 from pi_jax.convert import card, hf
 from pi_jax.convert.run import EXPORTS as RUN_EXPORTS
+from pi_jax.convert.run import Reader as RunReader
 from pi_jax.convert.sources import RUN_CHECKPOINTS, RUN_MODEL, open_model
 from pi_jax.data.pipeline import Pipeline, open_pipeline
-from pi_jax.distributed import require_one_process
 from pi_jax.errors import InputError
 from pi_jax.evaluate.during_training import Evaluation
 from pi_jax.loss import batch_loss
@@ -55,7 +56,6 @@ def train(config: Config, base: Config) -> dict[str, Any]:
       InputError: for anything the user can put right, before the first step.
     """
     # ---- Inputs: everything that can be wrong is found here, before any time is spent.
-    require_one_process()
     output = pathlib.Path(config.train.output)
     summary = describe(config, base)
     if BUILTIN in (*config.data.sources, *config.evaluate.data, config.train.init_from):
@@ -68,6 +68,8 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     evaluation = Evaluation(config, model_config, files)
     _require_folder(output)
+    distributed.require_same("the config", f"{config}")
+    distributed.require_shared(output)
     note(summary)
     note(f"Model: {model_config.num_parameters():,} parameters, {model_config.rope}; mesh {dict(mesh.shape)}")
     note(f"Data: {pipeline.steps_per_epoch:.1f} steps an epoch, {config.train.steps} steps wanted")
@@ -76,6 +78,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
+        distributed.told_to_stop() as told_to_stop,
         Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints,
     ):
         # ---- State.
@@ -93,7 +96,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
         peak = metrics.peak_flops(config.logging)
 
         # ---- Loop.
-        rows, names = _host_rows(config.data.batch_size), columns(config.data)
+        rows, names = sharding.local_rows(mesh, config.data.batch_size), columns(config.data)
         window_values, since = [], time.monotonic()
         last_log = first
         with metrics.Metrics(output, config.logging, flatten(config), first) as log:
@@ -101,7 +104,8 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                 evaluation(state.model, mesh, 0, log)
                 since = time.monotonic()
             for index, batch in zip(range(first, config.train.steps), pipeline.iterate(first, rows), strict=False):
-                state, values = step_fn(state, sharding.put_batch(mesh, {k: batch[k] for k in names}))
+                batch = {k: batch[k] for k in names}
+                state, values = step_fn(state, sharding.put_batch(mesh, batch, rows.start, config.data.batch_size))
                 window_values.append(values)
                 step = index + 1
                 if step == first + 1 or step % config.logging.every == 0 or step == config.train.steps:
@@ -124,7 +128,11 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                     compiling = "  (with compilation)" if step == first + 1 else ""
                     note(metrics.console_line(step, config.train.steps, means, left) + compiling)
                     window_values, since, last_log = [], time.monotonic(), step
-                checkpoints.save(step, state, resumes, last=step == config.train.steps)
+                stop = told_to_stop(step) and step < config.train.steps
+                checkpoints.save(step, state, resumes, last=stop or step == config.train.steps)
+                if stop:
+                    note(f"Told to stop: saved at step {step}; the same command goes on from here")
+                    sys.exit(distributed.REQUEUE)
                 if config.evaluate.every and step % config.evaluate.every == 0 and step < config.train.steps:
                     jax.block_until_ready(state)  # what the device still owes is training time
                     started = time.monotonic()
@@ -132,7 +140,10 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                     since += time.monotonic() - started
                 if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
                     before = time.monotonic()
-                    _export(output, step, state.model, config.checkpoint.export_dtype)
+                    if jax.process_count() > 1:  # exported from there, by process 0
+                        checkpoints.save(step, state, resumes, last=True)
+                    if jax.process_index() == 0:
+                        _export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
                     since += time.monotonic() - before  # no part of the training rate
 
             # ---- Result.
@@ -252,20 +263,15 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
     return first_state(make(jax.random.key(config.train.seed)), optimizer)
 
 
-def _host_rows(batch_size: int) -> slice:
-    """The rows of a global batch that this process feeds to its devices."""
-    each = batch_size // jax.process_count()
-    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
-
-
-def _export(output: pathlib.Path, step: int, model: Llama, dtype: str) -> None:
+def _export(output: pathlib.Path, step: int, model: Llama, dtype: str, checkpoints: Checkpoints) -> None:
     """Writes a Hugging Face folder; one that cannot be written does not end the run."""
     target = output / RUN_EXPORTS / f"step-{step}"
     if target.exists():  # made before the run was resumed from an earlier checkpoint
         shutil.rmtree(target)
     try:
         facts = card.facts_of_run(output, step)
-        hf.save(model, str(target), str(output / RUN_MODEL), dtype, facts=facts)
+        weights = None if jax.process_count() == 1 else RunReader(output, model.config, step, checkpoints)
+        hf.save(model, str(target), str(output / RUN_MODEL), dtype, facts=facts, weights=weights)
         note(f"Exported step {step}: {target}")
     except InputError as error:
         note(f"Not exported at step {step}: {error}")
@@ -287,7 +293,13 @@ def _write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, f
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    cli.run(lambda: train(*parse(argv)))
+
+    def command():
+        config, base = parse(argv)
+        distributed.initialize()
+        train(config, base)
+
+    cli.run(command)
 
 
 if __name__ == "__main__":

@@ -237,23 +237,25 @@ def save(
     dtype: str = "same",
     shard_bytes: int = SHARD_BYTES,
     facts: card.Facts = card.Facts(),
+    weights: stream.Reader | None = None,
 ) -> None:
     """Writes a model as a folder that transformers, vLLM, SGLang and llama.cpp read, reads it back and compares.
 
     The folder appears under its name only when it is whole and has been compared.
 
     Args:
-      model: with all its parameters reachable from this process.
+      model: with all its parameters reachable from this process, unless `weights` are given.
       target: the folder; must not exist.
       extras: folder to take tokenizer files and `generation_config.json` from, or None.
       dtype: of the written weights: "float32", "bfloat16", "float16", or "same" as the model's.
       shard_bytes: largest safetensors file; a single larger tensor gets its own.
       facts: for the model card.
+      weights: where to read the model's weights instead, for example in its checkpoint.
 
     Raises:
       InputError: if the target exists or cannot be written, or what was read back differs.
     """
-    reader = stream.Cast(arrays.Reader(model), dtype)
+    reader = stream.Cast(weights or arrays.Reader(model), dtype)
     with new_folder(target) as folder:
         write(reader, model.config, folder, shard_bytes, facts, extras, quiet=True)
 

@@ -1,6 +1,7 @@
 """pi_jax's own folders, a run or a converted model: `checkpoints/` (weights, by Orbax) and `model/` (config.json in
 Hugging Face form, tokenizer files)."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class Reader:
     """The weights of a checkpoint, in Hugging Face's shapes, read a layer at a time."""
 
-    def __init__(self, folder: Any, config: ModelConfig, step: int | None = None):
-        """Opens the newest checkpoint, or that of `step`.
+    def __init__(self, folder: Any, config: ModelConfig, step: int | None = None, opened: Checkpoints | None = None):
+        """Opens the newest checkpoint, or that of `step`. One of several processes alone can read only an `opened` one.
 
         Raises:
           InputError: if it is not there or not of this model.
@@ -38,8 +39,9 @@ class Reader:
         path = epath.Path(folder) / CHECKPOINTS
         if not path.is_dir():
             raise InputError(f"{folder} has no checkpoint yet")
-        with Checkpoints(path, CheckpointConfig(), writer=False) as checkpoints:
-            self._weights = checkpoints.open_weights(_shapes(config), _PREFIX, step)
+        with contextlib.ExitStack() as stack:
+            opened = opened or stack.enter_context(Checkpoints(path, CheckpointConfig(), writer=False))
+            self._weights = opened.open_weights(_shapes(config), _PREFIX, step)
         self.step = self._weights.step
         stacks = weights.stacks(config)
         by_stack = [tensor for tensors in stacks.values() for tensor in tensors]

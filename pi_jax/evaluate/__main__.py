@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pi_jax import cli
+from pi_jax import cli, distributed
 from pi_jax.errors import InputError
 
 WHAT = {
@@ -22,7 +22,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: the first word says what to evaluate."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in WHAT:
-        cli.run(lambda: _module(argv[0]).main(argv[1:]))
+
+        def command():
+            module = _module(argv[0])
+            if not {"-h", "--help"} & set(argv) and argv[0] != "report":
+                distributed.initialize()
+            module.main(argv[1:])
+
+        cli.run(command)
         return
     print("usage: python -m pi_jax.evaluate WHAT [--help]\n\n" + "\n".join(f"  {k:14} {v}" for k, v in WHAT.items()))
     if argv not in (["-h"], ["--help"]):

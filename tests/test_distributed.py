@@ -1,0 +1,235 @@
+"""Who a process is by its launcher's variables, and several processes that train as one."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from pi_jax import distributed
+from pi_jax.distributed import Cluster, detect
+from pi_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parent.parent
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "node[007-008,012],other3",
+    "SLURM_STEP_NUM_TASKS": "32",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x4)",
+}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "7"}
+EXPLICIT = {"PI_JAX_COORDINATOR": "a:1", "PI_JAX_NUM_PROCESSES": "2", "PI_JAX_PROCESS_ID": "1"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
+MPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, None),
+        (EXPLICIT, Cluster("PI_JAX_*", "a:1", 2, 1)),
+        (EXPLICIT | TORCHRUN | SLURM, Cluster("PI_JAX_*", "a:1", 2, 1)),
+        (EXPLICIT | {"PI_JAX_LOCAL_DEVICE_IDS": "2,3"}, Cluster("PI_JAX_*", "a:1", 2, 1, (2, 3))),
+        (TORCHRUN, Cluster("torchrun", "a:7", 4, 3, (1,))),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Cluster("torchrun", "a:7", 4, 3)),
+        (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, None),
+        (SLURM, Cluster("SLURM", "node007:61441", 32, 9, (1,))),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "5"}, Cluster("SLURM", "node007:61441", 32, 9)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x32)"}, Cluster("SLURM", "node007:61441", 32, 9)),
+        (SLURM | {"SLURM_STEP_NODELIST": "solo"}, Cluster("SLURM", "solo:61441", 32, 9, (1,))),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, None),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, None),
+        (MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h,i:4"}, Cluster("Open MPI", "h:29400", 4, 2, (0,))),
+        (MPI | {"MASTER_ADDR": "b"}, Cluster("Open MPI", "b:29400", 4, 2, (0,))),
+    ],
+)  # fmt: skip
+def test_launchers_are_recognised(env, expected):
+    assert detect(env) == expected
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"PI_JAX_NUM_PROCESSES": "2", "PI_JAX_PROCESS_ID": "0"}, "PI_JAX_COORDINATOR is '': it must be HOST:PORT"),
+        (EXPLICIT | {"PI_JAX_COORDINATOR": "host"}, "it must be HOST:PORT"),
+        ({"PI_JAX_COORDINATOR": "a:1"}, "PI_JAX_NUM_PROCESSES is not set"),
+        (EXPLICIT | {"PI_JAX_PROCESS_ID": "2"}, "process 2 of 2: processes are numbered 0 to 1"),
+        (EXPLICIT | {"PI_JAX_PROCESS_ID": "x"}, "PI_JAX_PROCESS_ID is 'x': it must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, "start pi_jax by `srun`"),
+        (MPI, "mpirun -x MASTER_ADDR"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused(env, message):
+    with pytest.raises(InputError, match=message):
+        detect(env)
+
+
+def test_unknown_xla_flags_are_left_out(monkeypatch):
+    """An XLA that met one would abort."""
+    monkeypatch.setattr(distributed, "_gpu_generation", lambda: 9)
+    monkeypatch.setitem(
+        distributed.XLA_SETTINGS, 9, (("--xla_gpu_no_such_flag=1", "--xla_gpu_autotune_level=0"), {"A": "1"})
+    )
+    env = {"XLA_FLAGS": "--xla_dump_to=x", "A": "mine"}
+    distributed._set_xla(env)
+    assert env == {"XLA_FLAGS": "--xla_dump_to=x --xla_gpu_autotune_level=0", "A": "mine"}
+    for settings in ({"PI_JAX_XLA": "off"}, {"JAX_PLATFORMS": "cpu"}):
+        distributed._set_xla(settings)
+        assert "XLA_FLAGS" not in settings
+
+
+def _command(output, *more, steps=4):
+    words = ["--train.steps", steps, "--logging.every", 1, "--checkpoint.every", 2, "--train.output", output, *more]
+    config = ["--config", ROOT / "configs" / "tiny.py", "--evaluate.data", "--logging.no-tensorboard"]
+    return [sys.executable, "-m", "pi_jax.train", *map(str, (*config, *words))]
+
+
+def _environment(devices, **more):
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    return kept | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | more
+
+
+def _run(command, env):
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=170, cwd=ROOT)
+
+
+def _local(processes, command, devices):
+    done = _run([ROOT / "launch" / "local.sh", str(processes), *command], _environment(devices))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Done.") == 1  # process 0 alone speaks
+    return done
+
+
+def _losses(output):
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, inputs):
+    """The losses of one process with four devices."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    done = _run(_command(output), _environment(4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return _losses(output)
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+    _local(2, _command(tmp_path / "run", "--checkpoint.export-hf-every", 4), devices=2)
+    np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=1e-5)
+    assert (tmp_path / "run" / "hf" / "step-4" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(), ("--mesh.context", 4), ("--mesh.fsdp", 1, "--mesh.tensor", 2, "--mesh.data", 2)])
+def test_four_processes_train_as_one(alone, tmp_path, mesh):
+    """Also where the rows or heads of the batch are split over processes."""
+    _local(4, _command(tmp_path / "run", *mesh), devices=1)
+    np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_batches(alone, tmp_path):
+    """Two processes are told to stop; four go on."""
+    command = _command(tmp_path / "run", steps=4000)
+    running = subprocess.Popen([ROOT / "launch" / "local.sh", "2", *command], env=_environment(2), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    for line in running.stdout:
+        if " 2/4000 " in line:
+            break
+    running.send_signal(signal.SIGTERM)
+    text = running.communicate(timeout=100)[0]
+    assert running.returncode == distributed.REQUEUE, text[-3000:]
+    stopped = len(_losses(tmp_path / "run"))
+    assert f"saved at step {stopped}" in text
+    done = _local(4, _command(tmp_path / "run", "--mesh.context", 2, steps=stopped + 2), devices=1)
+    assert f"Resumed from step {stopped}" in done.stdout
+    whole = _run(_command(tmp_path / "whole", steps=stopped + 2), _environment(4))
+    assert whole.returncode == 0
+    np.testing.assert_allclose(_losses(tmp_path / "run"), _losses(tmp_path / "whole"), rtol=2e-3)
+
+
+def _port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _slurm(rank, each):
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_NUM_TASKS": "2"}
+    return step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % each), "SLURM_STEP_TASKS_PER_NODE": str(each)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["SLURM, one process a GPU", "SLURM, one process a node", "torchrun"])
+def test_processes_of_other_launchers_train_as_one(alone, tmp_path, launcher):
+    port, processes = _port(), []
+    for rank in range(2):
+        env = {
+            "SLURM, one process a GPU": _slurm(rank, 2),
+            "SLURM, one process a node": _slurm(rank, 1),
+            "torchrun": {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        }[launcher]
+        running = subprocess.Popen(_command(tmp_path / "run"), env=_environment(2, **env), cwd=ROOT, text=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        processes.append(running)
+    for process in processes:
+        error = process.communicate(timeout=170)[1]
+        assert process.returncode == 0, error[-3000:]
+    np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_does_not_answer_is_one_sentence(tmp_path):
+    env = EXPLICIT | {"PI_JAX_COORDINATOR": f"127.0.0.1:{_port()}", "PI_JAX_TIMEOUT": "4"}
+    started = time.monotonic()
+    done = _run(_command(tmp_path / "run"), _environment(1, **env))
+    assert done.returncode == 2 and time.monotonic() - started < 60
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "process 1 of 2" in errors[0] and "within 4 s" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_are_refused(tmp_path):
+    command = _command(tmp_path / "run")
+    odd = ["bash", "-c", '"$@" --data.seed "$PI_JAX_PROCESS_ID"', "-", *command]
+    done = _run([ROOT / "launch" / "local.sh", "2", *odd], _environment(2))
+    assert done.returncode != 0
+    assert "the config of processes [1] is another than that of process 0" in done.stderr
+
+
+def test_one_process_saves_itself_when_told_to_stop(tmp_path, inputs):
+    running = subprocess.Popen(_command(tmp_path / "run", steps=4000), env=_environment(1), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    for line in running.stdout:
+        if " 2/4000 " in line:
+            break
+    running.send_signal(signal.SIGTERM)
+    text = running.communicate(timeout=100)[0]
+    assert running.returncode == distributed.REQUEUE, text[-3000:]
+    step = len(_losses(tmp_path / "run"))
+    assert f"saved at step {step}" in text and (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+def test_launch_files_are_well_formed():
+    for script in ("local.sh", "slurm.sbatch", "tpu_vm.sh"):
+        assert subprocess.run(["bash", "-n", ROOT / "launch" / script]).returncode == 0
+    account, jobset = yaml.safe_load_all((ROOT / "launch" / "jobset.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    env = {e["name"]: e.get("value") for e in container["env"]}
+    assert job["template"]["spec"]["serviceAccountName"] == account["metadata"]["name"]
+    assert int(env["PI_JAX_NUM_PROCESSES"]) == job["completions"] == job["parallelism"]
+    assert set(env) == {"PI_JAX_COORDINATOR", "PI_JAX_NUM_PROCESSES", "PI_JAX_PROCESS_ID"}
+    assert subprocess.run([ROOT / "launch" / "local.sh", "0"], capture_output=True).returncode == 2
