@@ -18,8 +18,10 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -147,7 +149,7 @@ def initialize() -> None:
     cluster = detect(os.environ)
     timeout = int(os.environ.get("PI_JAX_TIMEOUT", "300"))
     limits = {
-        "initialization_timeout": timeout,
+        "initialization_timeout": timeout + 60,  # we end before
         "heartbeat_timeout_seconds": _HEARTBEAT,
         "shutdown_timeout_seconds": _HEARTBEAT,
     }
@@ -156,7 +158,9 @@ def initialize() -> None:
             jax.distributed.initialize(**limits)
             _report("TPU pod", "")
         return
-    try:
+    if cluster.process == 0:
+        _require_free(cluster)
+    with _no_longer_than(timeout, cluster):
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.processes,
@@ -165,15 +169,44 @@ def initialize() -> None:
             cluster_detection_method="deactivate",
             **limits,
         )
-    except RuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error) and "UNAVAILABLE" not in str(error):
-            raise
-        raise InputError(
-            f"process {cluster.process} of {cluster.processes} ({cluster.launcher}) found not all others at "
-            f"{cluster.coordinator} within {timeout} s: all must be started, with the same coordinator, and reach it"
-        ) from None
     _end_all_on_error()
     _report(cluster.launcher, cluster.coordinator)
+
+
+def _whom(cluster: Cluster) -> str:
+    return f"process {cluster.process} of {cluster.processes} ({cluster.launcher})"
+
+
+def _require_free(cluster: Cluster) -> None:
+    """Process 0 listens there; jaxlib would crash if it cannot."""
+    try:
+        socket.create_server(("", int(cluster.coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise InputError(
+            f"{_whom(cluster)} cannot listen at {cluster.coordinator}: {error.strerror}; choose another port"
+        ) from None
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: int, cluster: Cluster) -> Iterator[None]:
+    """Ends the program with a sentence when the others have not come by then; JAX itself would abort with a trace."""
+
+    def give_up():
+        print(
+            f"error: {_whom(cluster)} found not all others at {cluster.coordinator} within {seconds} s: all must be "
+            "started, with the same coordinator, and reach it",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _report(launcher: str, coordinator: str) -> None:
