@@ -17,8 +17,7 @@ from pi_jax.testing import tiny_model_config
 COMPUTE = ComputeConfig(dtype="float32", loss_chunk=16)
 MESHES = {
     "fsdp 8": MeshConfig(),
-    "data 2, fsdp 4": MeshConfig(data=2),
-    "tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "data 8": MeshConfig(data=8, fsdp=1),
     "context 2": MeshConfig(data=2, fsdp=2, context=2),
     "context 4, tensor 2": MeshConfig(data=1, fsdp=1, context=4, tensor=2),
     "all but data": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
@@ -59,10 +58,12 @@ def _run(mesh, steps=2, packed=True, moments=None, **compute):
         state = step.first_state(make(jax.random.key(0)), optimizer)
         update = step.make_step(optimizer)
         values = []
-        for _ in range(steps):
+        for index in range(steps):
             state, value = update(state, sharding.put_batch(mesh, batch))
             values.append([float(value["loss"]), float(value["grad_norm"])])
-    return state, values
+            if index == 0:
+                moments = jax.device_get(trees.by_name(state.opt_state))
+    return state, values, moments
 
 
 @functools.cache
@@ -72,13 +73,11 @@ def _one_device(packed):
 
 
 def _require_equal(got, packed):
-    (state, values), (want, want_values) = got, _one_device(packed)
+    (_, values, moments), (_, want_values, want_moments) = got, _one_device(packed)
     np.testing.assert_allclose(values, want_values, rtol=1e-5)
-    for name, leaf in trees.by_name(want.model).items():
-        np.testing.assert_allclose(trees.by_name(state.model)[name], leaf, atol=2e-5, err_msg=name)
-    # The first moment is the gradients' mean, so this compares gradients, leaf by leaf.
-    for (name, leaf), ours in zip(trees.by_name(want.opt_state).items(), jax.tree.leaves(state.opt_state), strict=True):
-        np.testing.assert_allclose(ours, leaf, rtol=1e-3, atol=1e-5 * max(1e-6, np.abs(leaf).max()), err_msg=name)
+    # The first moments after one step are its gradients, to a factor; the second ones their squares.
+    for (name, want), ours in zip(want_moments.items(), moments.values(), strict=True):
+        assert np.linalg.norm(ours - want) <= 1e-5 * np.linalg.norm(want), name
 
 
 @pytest.mark.parametrize("config", MESHES.values(), ids=MESHES)
@@ -98,7 +97,7 @@ def test_every_way_to_spare_memory_gives_the_same_gradients(compute):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "layer", "attention", "offload"])
-@pytest.mark.parametrize("mesh", enumerate(MESHES.values()), ids=MESHES)
+@pytest.mark.parametrize("mesh", list(enumerate(MESHES.values())), ids=MESHES)
 def test_every_combination_trains_as_one_device(mesh, remat):
     """Every mesh with every policy; of packed or not and 1 or 4 parts, each mesh and each policy sees all."""
     number, config = mesh
@@ -126,11 +125,11 @@ def test_moments_are_stored_as_asked():
     """On the host, and in half the bytes; training goes on as before, to the rounding of the moments."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     want = _one_device(True)[1]
-    state, values = _run(mesh, moments={"offload": True})
+    state, values, _ = _run(mesh, moments={"offload": True})
     np.testing.assert_allclose(values, want, rtol=1e-5)
     arrays = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert {x.sharding.memory_kind for x in arrays} == {"pinned_host"}
-    state, values = _run(mesh, steps=3, moments={"moment_dtype": "bfloat16"})
+    state, values, _ = _run(mesh, steps=3, moments={"moment_dtype": "bfloat16"})
     assert {x.dtype.name for x in jax.tree.leaves(state.opt_state) if x.ndim} == {"bfloat16"}
     exact = _run(mesh, steps=3)[1]
     np.testing.assert_allclose(values[2], exact[2], rtol=2e-2)
@@ -139,7 +138,7 @@ def test_moments_are_stored_as_asked():
 
 def test_parameters_gradients_and_moments_are_split():
     """Each device holds an eighth of all that grows with the model; norms are whole."""
-    state, _ = _run(sharding.make_mesh(MeshConfig()), steps=1)
+    state, *_ = _run(sharding.make_mesh(MeshConfig()), steps=1)
     for name, leaf in trees.by_name(state).items():
         if leaf.ndim < 2 or "norm" in name:
             continue
