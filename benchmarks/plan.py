@@ -54,9 +54,9 @@ def main() -> None:
     args = tyro.cli(Benchmark)
     results = []
     print(
-        "| experiment | changed | machine | rows x tokens | parameters | moments | gradients | kept | working | peak |"
+        "| experiment | changed | machine | rows x tokens | parameters | moments | gradients | kept | working | peak | host |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- " * 11 + "|")
     for name, machine, changes in ROWS:
         cluster = topology.parse(machine)
         if cluster.kind not in args.kinds:
