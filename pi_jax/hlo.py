@@ -32,11 +32,14 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
             if match := _COLLECTIVE.search(line):
                 shapes = [int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
                           for _, bits, dims in _SHAPE.findall(match["type"])]  # fmt: skip
-                if match["start"] and match["kind"] == "all-gather":
-                    shapes = shapes[len(shapes) // 2 :]  # operands come first
-                if match["start"] and match["kind"] == "collective-permute":
-                    shapes = shapes[:1]
-                size = sum(shapes) * (_group(line) if match["kind"] == "reduce-scatter" else 1)
+                size = sum(shapes)
+                if match["start"] and match["kind"] == "collective-permute":  # operand, result, two counters
+                    size = shapes[0]
+                elif match["start"] and match["kind"] != "all-reduce":  # operands and results: the larger is the whole
+                    half = len(shapes) // 2
+                    size = max(sum(shapes[:half]), sum(shapes[half:]))
+                elif match["kind"] == "reduce-scatter":
+                    size *= _group(line)
                 found[match["kind"]]["count"] += times
                 found[match["kind"]]["bytes"] += times * size
                 continue

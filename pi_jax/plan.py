@@ -50,7 +50,8 @@ class Plan:
     parts: dict[str, int]
     """Bytes by part: 'parameters', 'moments', 'gradients', 'kept activations', and what is left, 'working memory'."""
     alone: dict[str, int]
-    """Bytes of working memory of the loss and of one layer's attention, forward and backward, each compiled alone."""
+    """Bytes that the loss and one layer's attention take besides their inputs, forward and backward, each compiled
+    alone."""
     host: int
     """Bytes in the host's memory for one device: what is offloaded."""
     flops: float
@@ -91,8 +92,8 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
         compiled = _compile(step.make_step(optimizer), (state, batch), gpu)
         seconds = time.monotonic() - before
         alone = {
-            "loss": _working(_compile(*_loss_alone(config, model, mesh, weights), gpu)),
-            "attention": _working(_compile(*_attention_alone(config, model, mesh), gpu)),
+            "loss": _besides_inputs(_compile(*_loss_alone(config, model, mesh, weights), gpu)),
+            "attention": _besides_inputs(_compile(*_attention_alone(config, model, mesh), gpu)),
         }
     stats = compiled.memory_analysis()
     peak = _peak(stats)
@@ -147,8 +148,9 @@ def _peak(stats) -> int:
     return held + stats.temp_size_in_bytes
 
 
-def _working(compiled) -> int:
-    return compiled.memory_analysis().temp_size_in_bytes
+def _besides_inputs(compiled) -> int:
+    stats = compiled.memory_analysis()
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes
 
 
 def _bytes(tree) -> int:
@@ -262,8 +264,7 @@ def report(p: Plan, config: Config, model: ModelConfig) -> str:
         f"  {'peak':<18}{p.peak / GIB:8.2f}  of {p.memory / GIB:.1f}: "
         + ("fits" if p.fits else f"does NOT fit: {(p.peak - MARGIN * p.memory) / GIB:.1f} GiB too much")
         + f" (limit {MARGIN:.0%}, {MARGIN * p.memory / GIB:.1f})",
-        f"  The loss alone works in {p.alone['loss'] / GIB:.2f}, a layer's attention in "
-        f"{p.alone['attention'] / GIB:.2f}.",
+        f"  The loss alone takes {p.alone['loss'] / GIB:.2f}, a layer's attention in {p.alone['attention'] / GIB:.2f}.",
     ]
     if p.host:
         lines.append(f"  and {p.host / GIB:.1f} GiB of the host's memory for each device")

@@ -4,8 +4,9 @@ Every dimension of every parameter and activation has a logical name. `ShardingR
 ("data", "fsdp", "context", "tensor") it is split; all other modules speak of logical names only. The mesh is explicit
 (`jax.set_mesh`): a sharding is part of an array's type, and a mistake is an error while tracing.
 
-FSDP: parameters, gradients and optimizer state are split along `embed` over "fsdp". `gather` assembles a weight just
-before its use; its transpose splits the gradient again, so no device ever holds a whole model of either.
+FSDP: parameters, gradients and optimizer state are split along `embed` over "fsdp", and over "context" besides, whose
+devices need the same weights as well. `gather` assembles a weight just before its use; its transpose splits the gradient
+again, so no device ever holds a whole model of either.
 
 Context parallelism: each device has a part of every row and gathers the keys and values of the whole row. Causality
 would give the last device most of the work, so a row is cut into two chunks a device and device i of n holds chunks i
@@ -39,7 +40,7 @@ class ShardingRules:
     sequence: str | None = "context"
     # Parameters; heads, mlp and vocab name the same dimensions of activations.
     layers: str | None = None
-    embed: str | None = "fsdp"
+    embed: tuple[str, ...] | None = ("fsdp", "context")
     heads: str | None = "tensor"
     kv_heads: str | None = "tensor"
     head: str | None = None
@@ -84,10 +85,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 def for_generation(mesh: Mesh) -> Mesh:
     """The same devices with those of the context axis given to rows: one new token has no sequence to split."""
-    sizes = dict(mesh.shape) | {"context": 1, "data": mesh.shape["data"] * mesh.shape["context"]}
-    # data, fsdp, context, tensor -> data, context, fsdp, tensor: parameters stay where they are.
-    devices = mesh.devices.transpose(0, 2, 1, 3).reshape(tuple(sizes.values()))
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    sizes = dict(mesh.shape) | {"context": 1, "fsdp": mesh.shape["fsdp"] * mesh.shape["context"]}
+    # Parameters stay where they are.
+    return Mesh(mesh.devices.reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -42,6 +42,7 @@ def test_collectives_count_every_turn_of_a_loop():
 %body (p: f32[8]) -> f32[8] {
   %g = (bf16[2,4], bf16[2,32]) all-gather-start(%p), replica_groups=[1,8]<=[8]
   %r = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1,2,3}}
+  %s = ((f32[16], f32[32]), (f32[4], f32[8])) reduce-scatter-start(%p), replica_groups={{0,1,2,3}}
 }
 ENTRY %main (p: f32[8]) -> f32[8] {
   %w = f32[8] while(%p), body=%body, backend_config={"known_trip_count":{"n":"3"}}
@@ -49,7 +50,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
     assert hlo.collectives(text) == {
         "all-gather": {"count": 3, "bytes": 3 * 2 * 32 * 2},
-        "reduce-scatter": {"count": 3, "bytes": 3 * 4 * 4 * 4},
+        "reduce-scatter": {"count": 6, "bytes": 3 * 4 * 4 * 4 + 3 * 48 * 4},
     }
 
 
