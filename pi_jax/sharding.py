@@ -5,8 +5,8 @@ Every dimension of every parameter and activation has a logical name. `ShardingR
 (`jax.set_mesh`): a sharding is part of an array's type, and a mistake is an error while tracing.
 
 FSDP: parameters, gradients and optimizer state are split along `embed` over "fsdp", and over "context" besides, whose
-devices need the same weights as well. `gather` assembles a weight just before its use; its transpose splits the gradient
-again, so no device ever holds a whole model of either.
+devices need the same weights. `gather` assembles a weight just before its use; its transpose splits the gradient again,
+so no device ever holds a whole model of either.
 
 Context parallelism: each device has a part of every row and gathers the keys and values of the whole row. Causality
 would give the last device most of the work, so a row is cut into two chunks a device and device i of n holds chunks i
