@@ -1,6 +1,11 @@
 """Training speed against a plain transformers + torch loop: the same model, text, batch, optimizer and precision.
 
     python benchmarks/train_step.py --model demo/model --text demo/text/train --output benchmarks/results/NAME.json
+    python benchmarks/train_step.py --shape 7b --layers 4 --window 32768 --dtype bfloat16 --remat layer --compile \\
+        --output benchmarks/results/NAME.json
+
+The second form is for a GPU: random weights of a published model's shape, with as many layers as fit. With bfloat16
+both sides keep float32 master weights. MFU is by the formula of `pi_jax.metrics`, for both sides.
 
 One run measures both: each side does its steps in a process of its own, in turns (ours, theirs, ours, ...), so that
 neither has the machine when it is quiet and the other when it is not. A side's figure is its fastest step: on a machine
@@ -15,7 +20,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -25,10 +32,18 @@ import tyro
 class Benchmark:
     """Tokens per second of a training step, ours against a plain torch loop, in one run."""
 
-    model: str
+    model: str = ""
     """Hugging Face folder."""
-    text: str
-    """Text files or a folder of them."""
+    text: str = ""
+    """Text files or a folder of them; empty: random tokens."""
+    shape: Literal["", "7b", "13b", "llama-3-8b"] = ""
+    """Instead of a model: random weights of this shape."""
+    layers: int = 4
+    """Of `shape`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and products."""
+    compile: bool = False
+    """Theirs: by torch.compile."""
     window: int = 2048
     """Tokens in a step, one row."""
     steps: int = 3
@@ -38,7 +53,7 @@ class Benchmark:
     threads: int = 0
     """Of torch; 0: all cores."""
     remat: str = "none"
-    """Ours: 'none', as theirs, or 'layer'."""
+    """'none', or 'layer': theirs with gradient checkpointing, too."""
     output: str = ""
     """JSON file for the result."""
     side: str = ""
@@ -46,6 +61,8 @@ class Benchmark:
 
 
 def _tokens(args: Benchmark) -> np.ndarray:
+    if not args.text:
+        return np.random.default_rng(0).integers(0, 32000, args.window + 1, np.int32)
     from pi_jax.evaluate.perplexity import read_tokens
 
     _, documents = read_tokens([args.text], args.model, 10**9, args.window + 1)
@@ -68,12 +85,11 @@ def ours(args: Benchmark) -> dict:
         "tokens": tokens[None, :-1],
         "targets": tokens[None, 1:],
         "positions": np.arange(args.window, dtype=np.int32)[None],
-        "segment_ids": ones.astype(np.int32),
         "loss_weights": ones.astype(np.float32),
     }
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-5, warmup_steps=0), 100)
     with jax.set_mesh(mesh):
-        compute = ComputeConfig(dtype="float32", remat=args.remat, loss_chunk=1024)
+        compute = ComputeConfig(dtype=args.dtype, remat=args.remat, loss_chunk=1024)
         state = first_state(open_model(args.model).load(compute, mesh), optimizer)
         update = make_step(optimizer)
 
@@ -82,7 +98,9 @@ def ours(args: Benchmark) -> dict:
             state, values = update(state, sharding.put_batch(mesh, batch))
             return float(values["loss"])
 
-        return _time(one, args.steps) | {"jax": jax.__version__}
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        facts = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "device_peak_bytes": peak}
+        return _time(one, args.steps) | facts
 
 
 def theirs(args: Benchmark) -> dict:
@@ -90,12 +108,19 @@ def theirs(args: Benchmark) -> dict:
     import transformers
 
     torch.set_num_threads(args.threads or os.cpu_count())
-    tokens = torch.tensor(_tokens(args)[None], dtype=torch.long)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).train()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = torch.tensor(_tokens(args)[None], dtype=torch.long, device=device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).train().to(device)
+    if args.remat == "layer":
+        model.gradient_checkpointing_enable()
+    if args.compile:
+        model.compile()
+    low = torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0)
 
     def one():
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        with low:
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,7 +128,23 @@ def theirs(args: Benchmark) -> dict:
         optimizer.zero_grad()
         return loss.item()
 
-    return _time(one, args.steps) | {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts |= {"attention": model.config._attn_implementation}
+    return _time(one, args.steps) | facts
+
+
+def _random_model(args: Benchmark, folder: str) -> None:
+    """Writes float32 weights of a shape, for both sides."""
+    import torch
+    import transformers
+
+    from pi_jax.convert import hf
+    from pi_jax.recipes import MODELS
+
+    model = dataclasses.replace(MODELS[args.shape], num_hidden_layers=args.layers)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig.from_dict(hf.config_dict(model, "float32"))
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _time(step, steps: int) -> dict:
@@ -122,31 +163,55 @@ def main(args: Benchmark) -> None:
     """Runs both sides in turns and prints the ratio."""
     if args.side:
         print(json.dumps({"ours": ours, "theirs": theirs}[args.side](args)))
-        return
+    elif args.shape:
+        with tempfile.TemporaryDirectory() as folder:
+            _random_model(args, folder)
+            compare(dataclasses.replace(args, model=folder), "--model", folder)
+    elif args.model:
+        compare(args)
+    else:
+        sys.exit("error: neither --model nor --shape is given: say what to train")
+
+
+def compare(args: Benchmark, *more: str) -> None:
+    """Both sides in turns; `more`: arguments besides those of the command."""
+    from pi_jax import metrics
+    from pi_jax.convert.sources import open_model
+
     results = {"ours": [], "theirs": []}
     for _ in range(args.turns):
         for side, turns in results.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+            command = [sys.executable, __file__, *sys.argv[1:], *more, "--side", side]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             turns.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{side}: {[round(s, 2) for s in turns[-1]['seconds']]} s a step", flush=True)
     first = {side: turns[0]["losses"][0] for side, turns in results.items()}
-    if abs(first["ours"] - first["theirs"]) > 1e-3:
+    if abs(first["ours"] - first["theirs"]) > (1e-3 if args.dtype == "float32" else 5e-2):
         sys.exit(f"error: the first losses differ, {first}: the two sides do not compute the same thing")
     best = {side: min(s for t in turns for s in t["seconds"]) for side, turns in results.items()}
     speed = {side: args.window / seconds for side, seconds in best.items()}
+    flops = metrics.flops_per_token(open_model(args.model).config, args.window)
+    device = results["ours"][0]["device"]
+    peak = next((v * 1e12 for k, v in metrics.PEAK_TFLOPS.items() if k in device), None)
     report = {
         "benchmark": "train_step",
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {_cpu()}",
         "command": "python benchmarks/train_step.py " + " ".join(sys.argv[1:]),
+        "device": device,
+        "shape": f"{args.layers} layers of {args.shape}" if args.shape else args.model,
         "window": args.window,
+        "dtype": args.dtype,
         "remat": args.remat,
         "tokens_per_second": {side: round(s, 1) for side, s in speed.items()},
         "ratio": round(speed["ours"] / speed["theirs"], 3),
+        "model FLOPs of a token = 6 P + 6 L N H S": flops,
+        "tflops_per_second": {side: round(s * flops / 1e12, 3) for side, s in speed.items()},
+        "mfu": {side: round(s * flops / peak, 4) for side, s in speed.items()} if peak else None,
         "runs": results,
     }
     print(f"ours {speed['ours']:.1f} tok/s, torch {speed['theirs']:.1f} tok/s: ratio {report['ratio']}")
+    print(f"TFLOP/s, (6 P + 6 L N H S) a token: {report['tflops_per_second']}; MFU {report['mfu'] or 'not known here'}")
     if args.output:
         from pi_jax.cli import write_json
 

@@ -182,11 +182,15 @@ def _loss_alone(config: Config, model: ModelConfig, mesh, weights: Llama):
     part = dataclasses.replace(config.data, batch_size=rows)
     batch = step.abstract_batch(part, mesh)
 
-    def value(hidden_BSD, weights, batch):
-        chunk, targets, each = config.compute.loss_chunk, batch["targets"], batch["loss_weights"]
-        return loss.weighted_loss(hidden_BSD, weights.output_weights(), targets, each, chunk)
+    table = weights.embedding if model.tie_word_embeddings else weights.head
 
-    return jax.value_and_grad(value, argnums=(0, 1)), (hidden, weights, batch)
+    def value(hidden_BSD, table, batch):
+        table_VD = sharding.gather(table[...].astype(config.compute.dtype), table.axes)
+        return loss.weighted_loss(
+            hidden_BSD, table_VD, batch["targets"], batch["loss_weights"], config.compute.loss_chunk
+        )
+
+    return jax.value_and_grad(value, argnums=(0, 1)), (hidden, table, batch)
 
 
 def _attention_alone(config: Config, model: ModelConfig, mesh):
