@@ -274,7 +274,7 @@ def put_batch(
       rows: of the global batch; None: those of `batch`.
     """
     place = named(mesh, ("batch", "sequence"))
-    here, length = batch["tokens"].shape
+    here, length = next(iter(batch.values())).shape
     order = zigzag(length, mesh.shape[RULES.sequence])
 
     def put(x_BS):

@@ -20,7 +20,7 @@ from pi_jax import rope
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig, extend
 from pi_jax.convert import hf
 from pi_jax.errors import InputError
-from pi_jax.sharding import make_mesh, put_batch
+from pi_jax.sharding import make_mesh, put_same
 from pi_jax.testing import tiny_model_config
 
 torch.set_num_threads(1)
@@ -272,7 +272,7 @@ def test_length_is_that_of_the_whole_batch_on_every_device():
     positions = np.arange(4 * 64, dtype=np.int32).reshape(4, 64)
     expected = rope.phases(positions, 16, scaling)
     with jax.set_mesh(mesh):
-        batch = put_batch(mesh, {"positions": positions})
+        batch = put_same(mesh, {"positions": positions})
         for ours, whole in zip(
             jax.jit(rope.phases, static_argnums=(1, 2))(*batch.values(), 16, scaling), expected, strict=True
         ):

@@ -89,6 +89,7 @@ def test_a_split_row_of_one_document_trains_as_on_one_device():
     _require_equal(_run(sharding.make_mesh(MeshConfig(data=2, fsdp=2, context=2)), packed=False), packed=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", UNLIKE.values(), ids=UNLIKE)
 def test_every_way_to_spare_memory_gives_the_same_gradients(compute):
     """On a mesh that splits batch, sequence and heads."""
@@ -121,6 +122,7 @@ def test_zigzag_gives_every_device_the_same_number_of_keys_to_visit():
     np.testing.assert_array_equal(order[:16], [*range(8), *range(56, 64)])
 
 
+@pytest.mark.slow
 def test_moments_are_stored_as_asked():
     """On the host, and in half the bytes; training goes on as before, to the rounding of the moments."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

@@ -321,12 +321,6 @@ def test_bad_input_on_the_command_line_is_one_sentence_and_status_2(tmp_path):
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_several_tasks_of_a_launcher_do_not_write_to_one_folder(config, monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    with pytest.raises(InputError, match="SLURM_NTASKS is 8"):
-        train.train(config, config)
-
-
 def test_smoke_runs_every_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(
