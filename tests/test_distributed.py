@@ -123,6 +123,7 @@ def alone(tmp_path_factory, inputs):
     return _losses(output)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(alone, tmp_path):
     _local(2, _command(tmp_path / "run", "--checkpoint.export-hf-every", 4), devices=2)
     np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=1e-5)

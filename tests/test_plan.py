@@ -54,16 +54,6 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     }
 
 
-def test_memory_grows_with_the_window_no_faster_than_the_window():
-    short, long = (_plan(window=n) for n in (1024, 2048))
-    fixed = sum(short.parts[name] for name in ("parameters", "moments", "gradients"))
-    assert long.peak - fixed <= 2.1 * (short.peak - fixed)
-
-
-def test_parts_of_a_batch_take_less():
-    assert _plan(accumulation=2).parts["kept activations"] * 2 == _plan().parts["kept activations"]
-
-
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -103,10 +93,11 @@ def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     plan.main(["--config", config, "--topology", "v5e:8", "--output", str(output), "--data.batch-size", "16"])
     written = json.loads(output.read_text())
     assert f"{written['peak'] / 2**30:8.2f}" in capsys.readouterr().out
-    plan.main(["--config", config, "--topology", "v5e:8", "--search", "--output", str(output)])
+    few = ["--data.batch-size", "2"]
+    plan.main(["--config", config, "--topology", "v5e:8", "--search", "--output", str(output), *few])
     tried = json.loads(output.read_text())["tried"]
-    assert [t["topology"] for t in tried] == ["v5e:1"] * len(tried) and tried[-1]["rows"] == 8
+    assert [(t["topology"], t["rows"], t["accumulation"]) for t in tried] == [("v5e:1", 1, 2), ("v5e:1", 2, 1)]
     monkeypatch.setitem(topology.CHIPS, "v5e", dataclasses.replace(here, memory=2**20))
     with pytest.raises(SystemExit) as stop:
-        plan.main(["--config", config, "--topology", "v5e:8"])
+        plan.main(["--config", config, "--topology", "v5e:1", *few])
     assert stop.value.code == 1
