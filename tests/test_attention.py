@@ -84,7 +84,7 @@ _CASES = [
 def _marked(case):
     length, kind, _, dtype = case
     quick = kind == "many" if dtype == "bfloat16" or length in (1, 1000) else length < 1000
-    slow = [] if quick and (length < 1000 or dtype == "float32" and length == 1000) else [pytest.mark.slow]
+    slow = [] if quick and (length < 1000 or (dtype == "float32" and length == 1000)) else [pytest.mark.slow]
     return pytest.param(*case, id="-".join(map(str, case)), marks=slow)
 
 
