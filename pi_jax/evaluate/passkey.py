@@ -257,7 +257,7 @@ def passkey(args: Passkey) -> dict[str, Any]:
         "model_window": config.max_position_embeddings,
         "protocol": {
             "prompt": "Chen et al. 2023, Figure 3",
-            "distances": args.distances,
+            **({"distances": args.distances} if results else {}),
             "trials": args.trials,
             "new_tokens": NEW_TOKENS,
             "decoding": "greedy",
