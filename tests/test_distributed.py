@@ -131,7 +131,7 @@ def test_two_processes_train_as_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(), ("--mesh.context", 4), ("--mesh.fsdp", 1, "--mesh.tensor", 2, "--mesh.data", 2)])
+@pytest.mark.parametrize("mesh", [("--mesh.context", 4), ("--mesh.fsdp", 1, "--mesh.tensor", 2, "--mesh.data", 2)])
 def test_four_processes_train_as_one(alone, tmp_path, mesh):
     """Also where the rows or heads of the batch are split over processes."""
     _local(4, _command(tmp_path / "run", *mesh), devices=1)

@@ -22,14 +22,6 @@ MESHES = {
     "context 4, tensor 2": MeshConfig(data=1, fsdp=1, context=4, tensor=2),
     "all but data": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
 }
-UNLIKE = {
-    "no remat": {"remat": "none"},
-    "attention kept": {"remat": "attention"},
-    "offloaded": {"remat": "offload"},
-    "4 parts": {"accumulation": 4},
-    "2 parts, attention kept": {"accumulation": 2, "remat": "attention"},
-}
-"""Of how the model is computed."""
 
 
 def _batch(rows=8, length=64):
@@ -87,13 +79,6 @@ def test_every_mesh_trains_as_one_device(config):
 
 def test_a_split_row_of_one_document_trains_as_on_one_device():
     _require_equal(_run(sharding.make_mesh(MeshConfig(data=2, fsdp=2, context=2)), packed=False), packed=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compute", UNLIKE.values(), ids=UNLIKE)
-def test_every_way_to_spare_memory_gives_the_same_gradients(compute):
-    """On a mesh that splits batch, sequence and heads."""
-    _require_equal(_run(sharding.make_mesh(MeshConfig(fsdp=2, context=2, tensor=2)), **compute), True)
 
 
 @pytest.mark.slow
