@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import attention
 
 
+@pytest.mark.slow
 def test_attention(tmp_path, capsys):
     output = tmp_path / "attention.json"
     sizes = {"lengths": (64,), "head_dims": (32,), "groups": (2,), "heads": 4, "repeats": 1}

@@ -128,6 +128,7 @@ def test_recomputation_changes_nothing():
         np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_master_weights_and_float32_where_it_matters():
     compute = ComputeConfig(dtype="bfloat16", loss_chunk=16)
     batch = _batch()

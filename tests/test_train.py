@@ -56,6 +56,7 @@ def _with(config, **sections):
     )
 
 
+@pytest.mark.slow
 def test_evaluation_inside_a_run_is_logged_and_changes_nothing(config, inputs, tmp_path):
     plain = train.train(config, config)
     evaluated = dataclasses.replace(
@@ -193,6 +194,7 @@ def test_training_starts_from_a_meta_folder_without_a_conversion(config, inputs,
     assert (tmp_path / "b" / "model" / "tokenizer.json").exists()  # that of the data
 
 
+@pytest.mark.slow
 def test_a_run_exports_while_it_trains(config, tmp_path):
     config = _with(config, checkpoint={"every": 4, "export_hf_every": 2})
     train.train(config, config)

@@ -150,6 +150,7 @@ def test_the_effective_length_ends_where_the_average_falls():
     assert ruler.effective_length([{"length": 4096, "average": 85.59}, {"length": 8192, "average": 99.0}]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(inputs, tmp_path, capsys):
     out = tmp_path / "r.json"
     ruler.main(
