@@ -62,14 +62,16 @@ def detect(env: Mapping[str, str]) -> Cluster | None:
                     f"numbered 0 to {cluster.processes - 1}"
                 )
             if chosen := env.get("PI_JAX_LOCAL_DEVICE_IDS"):
-                ids = tuple(int(word) for word in re.findall(r"\d+", chosen))
+                if not re.fullmatch(r"\d+(,\d+)*", chosen):
+                    raise InputError(f"PI_JAX_LOCAL_DEVICE_IDS is {chosen!r}: it must be numbers, such as 0,1")
+                ids = tuple(map(int, chosen.split(",")))
                 cluster = cluster._replace(local_devices=ids)
             return cluster if cluster.processes > 1 else None
     return None
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
-    value = env.get(name, "")
+def _number(env: Mapping[str, str], name: str, default: str = "") -> int:
+    value = env.get(name, default)
     if not value.isdecimal():
         raise InputError(f"{name} is {value!r}: it must be a number" if value else f"{name} is not set: it must be")
     return int(value)
@@ -95,7 +97,7 @@ def _torchrun(env):
     if processes > 1 and "MASTER_ADDR" not in env:
         raise InputError(f"WORLD_SIZE is {processes} but MASTER_ADDR is not set: it must be the host of process 0")
     coordinator = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT', '29400')}"
-    one_each = int(env.get("LOCAL_WORLD_SIZE", "1")) > 1
+    one_each = _number(env, "LOCAL_WORLD_SIZE", "1") > 1
     return Cluster("torchrun", coordinator, processes, _number(env, "RANK"), _own(env, "LOCAL_RANK", one_each))
 
 
@@ -103,7 +105,7 @@ def _slurm(env):
     if "SLURM_JOB_ID" not in env:
         return None
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    processes = int(env.get(tasks, "1"))
+    processes = _number(env, tasks, "1")
     if processes == 1:  # a shell of salloc or srun --pty
         return Cluster("SLURM", "", 1, 0)
     if "SLURM_STEP_NODELIST" not in env:
@@ -127,7 +129,7 @@ def _open_mpi(env):
             f"OMPI_COMM_WORLD_SIZE is {processes}, but this Open MPI does not say where process 0 is: pass it on, "
             "mpirun -x MASTER_ADDR=HOST"
         )
-    own = _own(env, "OMPI_COMM_WORLD_LOCAL_RANK", int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1)
+    own = _own(env, "OMPI_COMM_WORLD_LOCAL_RANK", _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", "1") > 1)
     coordinator = f"{host}:{env.get('MASTER_PORT', '29400')}"
     return Cluster("Open MPI", coordinator, processes, _number(env, "OMPI_COMM_WORLD_RANK"), own)
 
@@ -147,7 +149,7 @@ def initialize() -> None:
     """
     _set_xla(os.environ)
     cluster = detect(os.environ)
-    timeout = int(os.environ.get("PI_JAX_TIMEOUT", "300"))
+    timeout = _number(os.environ, "PI_JAX_TIMEOUT", "300")
     limits = {
         "initialization_timeout": timeout + 60,  # we end before
         "heartbeat_timeout_seconds": _HEARTBEAT,
