@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from pi_jax.attention import IMPLEMENTATIONS, attention
+from pi_jax.model.attention import IMPLEMENTATIONS, attention
 
 BACKWARD = 2.5
 """Arithmetic of the backward pass, in forward passes."""

@@ -25,8 +25,9 @@ import tyro
 
 from pi_jax import cli
 from pi_jax.config import ModelConfig
-from pi_jax.convert import card, hf, weights
+from pi_jax.convert import model_card, param_mapping
 from pi_jax.convert.folders import new_folder
+from pi_jax.convert.formats import hf
 
 GIB = 2**30
 
@@ -47,14 +48,14 @@ class Synthetic:
     """A reader of random weights that are nowhere; each tensor of a shape has the same values, rolled."""
 
     def __init__(self, config: ModelConfig):
-        self.order = weights.tensors(config)
+        self.order = param_mapping.tensors(config)
         self.dtypes = dict.fromkeys((t.name for t in self.order), np.dtype(ml_dtypes.bfloat16))
         self._values = {
             shape: (0.02 * np.random.default_rng(0).standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
             for shape in {t.shape for t in self.order}
         }
 
-    def read(self, tensor: weights.Tensor, index=(...,)) -> np.ndarray:
+    def read(self, tensor: param_mapping.Tensor, index=(...,)) -> np.ndarray:
         """See `stream.Reader`."""
         return np.roll(self._values[tensor.shape], (tensor.layer or 0) + len(tensor.name), axis=0)[index]
 
@@ -101,8 +102,10 @@ def main(args: Benchmark) -> None:
     """Makes the model, converts, measures, removes."""
     folder = pathlib.Path(args.folder)
     config = seven_b(args.layers)
-    sizes = [2 * int(np.prod(t.shape)) for t in weights.tensors(config)]
-    stacked = max(2 * int(np.prod(t.shape)) * (args.layers if t.weight.stacked else 1) for t in weights.tensors(config))
+    sizes = [2 * int(np.prod(t.shape)) for t in param_mapping.tensors(config)]
+    stacked = max(
+        2 * int(np.prod(t.shape)) * (args.layers if t.weight.stacked else 1) for t in param_mapping.tensors(config)
+    )
     bounds = {"between HF and Meta": max(sizes) * 3 / GIB + 1, "to and from a checkpoint": stacked * 2 / GIB + 1}
     try:
         subprocess.run([sys.executable, __file__, "make", str(folder / "model"), str(args.layers)], check=True)
@@ -160,6 +163,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["make"]:
         shape = seven_b(int(sys.argv[3]))
         with new_folder(sys.argv[2]) as made:
-            hf.write(Synthetic(shape), shape, made, hf.SHARD_BYTES, card.Facts(), None, verify=False)
+            hf.write(Synthetic(shape), shape, made, hf.SHARD_BYTES, model_card.Facts(), None, verify=False)
     else:
         cli.run(lambda: main(tyro.cli(Benchmark)))

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli, sharding
+from pi_jax import cli
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.convert.__main__ import Convert, convert
-from pi_jax.convert.sources import open_model
-from pi_jax.evaluate.perplexity import read_tokens
+from pi_jax.convert.open import open_model
+from pi_jax.evaluate.perplexity.command import read_tokens
+from pi_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,11 +48,11 @@ def ours(args: Decode, batch: int) -> Callable[[], list[list[int]]]:
     """A call that generates, with our code."""
     import jax
 
-    from pi_jax import sharding
     from pi_jax.config import ComputeConfig, MeshConfig
-    from pi_jax.convert.sources import open_model
-    from pi_jax.data.prepare import load_tokenizer
+    from pi_jax.convert.open import open_model
+    from pi_jax.data.tokenizer import load_tokenizer
     from pi_jax.generate import Generator
+    from pi_jax.parallel import sharding
 
     tokenizer = load_tokenizer(args.model)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS[:batch]]

@@ -13,8 +13,10 @@ from typing import Annotated
 
 import tyro
 
-from pi_jax import cli, plan, sharding, topology
+from pi_jax import cli
 from pi_jax.config import Config, extend, load_config
+from pi_jax.parallel import sharding
+from pi_jax.plan import memory, topology
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 GIB = 2**30
@@ -65,8 +67,8 @@ def main() -> None:
         if cluster.kind.startswith("h"):  # "auto" would be cuDNN there, which is not compiled for without its library
             config = changed(config, {"compute": {"attention": "pallas_triton"}})
         mesh = sharding.make_mesh(config.mesh, cluster.devices())
-        found = plan.plan(config, extend(config.model, config.rope), mesh, cluster.chip.memory, machine)
-        results.append({"config": name, "changes": changes} | plan.as_json(found))
+        found = memory.plan(config, extend(config.model, config.rope), mesh, cluster.chip.memory, machine)
+        results.append({"config": name, "changes": changes} | memory.as_json(found))
         words = ", ".join(f"{s}.{k} {v}" for s, values in changes.items() for k, v in values.items())
         sizes = " | ".join(f"{size / GIB:.1f}" for size in (*found.parts.values(), found.peak, found.host))
         print(f"| {name} | {words} | {machine} | {found.rows} x {config.data.window} | {sizes} |", flush=True)

@@ -50,12 +50,12 @@ class Perplexity:
 def _ours(args: Perplexity) -> dict:
     import jax
 
-    from pi_jax import sharding
     from pi_jax.config import ComputeConfig, MeshConfig
-    from pi_jax.convert.sources import open_model
-    from pi_jax.evaluate import perplexity, sliding
+    from pi_jax.convert.open import open_model
+    from pi_jax.evaluate.perplexity import command, sliding
+    from pi_jax.parallel import sharding
 
-    names, documents = perplexity.read_tokens(args.data, args.model, 10**9, args.max_tokens)
+    names, documents = command.read_tokens(args.data, args.model, 10**9, args.max_tokens)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
         model = open_model(args.model).load(ComputeConfig("float32", "float32", "none"), mesh)
@@ -70,7 +70,7 @@ def _ours(args: Perplexity) -> dict:
                 later.append((times[-1] - times[-2]) / done)
 
         losses = sliding.score_documents(model, documents, args.side, args.stride, mesh, advance=advance)
-    found = perplexity.summarize(losses, names, [], plan)
+    found = command.summarize(losses, names, [], plan)
     kept = {name: found[name] for name in ("tokens", "windows", "perplexity", "window_mean_perplexity")}
     wall, cpu = np.array(later).T.tolist()
     return {**kept, "seconds_a_window": wall, "cpu_seconds_a_window": cpu, "jax": jax.__version__}

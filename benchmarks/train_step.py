@@ -27,6 +27,8 @@ from typing import Literal
 import numpy as np
 import tyro
 
+from pi_jax.parallel import placement
+
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
@@ -63,7 +65,7 @@ class Benchmark:
 def _tokens(args: Benchmark) -> np.ndarray:
     if not args.text:
         return np.random.default_rng(0).integers(0, 32000, args.window + 1, np.int32)
-    from pi_jax.evaluate.perplexity import read_tokens
+    from pi_jax.evaluate.perplexity.command import read_tokens
 
     _, documents = read_tokens([args.text], args.model, 10**9, args.window + 1)
     return next(d for d in documents if len(d) == args.window + 1).astype(np.int32)
@@ -72,11 +74,11 @@ def _tokens(args: Benchmark) -> np.ndarray:
 def ours(args: Benchmark) -> dict:
     import jax
 
-    from pi_jax import sharding
     from pi_jax.config import ComputeConfig, MeshConfig, OptimizerConfig
-    from pi_jax.convert.sources import open_model
-    from pi_jax.optimizer import make_optimizer
-    from pi_jax.step import first_state, make_step
+    from pi_jax.convert.open import open_model
+    from pi_jax.parallel import sharding
+    from pi_jax.train.optimizer import make_optimizer
+    from pi_jax.train.step import first_state, make_step
 
     tokens = _tokens(args)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -95,7 +97,7 @@ def ours(args: Benchmark) -> dict:
 
         def one():
             nonlocal state
-            state, values = update(state, sharding.put_batch(mesh, batch))
+            state, values = update(state, placement.put_batch(mesh, batch))
             return float(values["loss"])
 
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -138,8 +140,8 @@ def _random_model(args: Benchmark, folder: str) -> None:
     import torch
     import transformers
 
-    from pi_jax.convert import hf
-    from pi_jax.recipes import MODELS
+    from pi_jax.config.recipes import MODELS
+    from pi_jax.convert.formats import hf
 
     model = dataclasses.replace(MODELS[args.shape], num_hidden_layers=args.layers)
     torch.manual_seed(0)
@@ -175,8 +177,8 @@ def main(args: Benchmark) -> None:
 
 def compare(args: Benchmark, *more: str) -> None:
     """Both sides in turns; `more`: arguments besides those of the command."""
-    from pi_jax import metrics
-    from pi_jax.convert.sources import open_model
+    from pi_jax.convert.open import open_model
+    from pi_jax.train import metrics
 
     results = {"ours": [], "theirs": []}
     for _ in range(args.turns):

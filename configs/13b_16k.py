@@ -10,7 +10,7 @@ Hardware: 128 A100-80GB, the paper's number (memory: docs/performance.md). `laun
 """
 
 from pi_jax.config import Config
-from pi_jax.recipes import llama
+from pi_jax.config.recipes import llama
 
 
 def get_config() -> Config:

@@ -10,7 +10,7 @@ Hardware: 32 A100-80GB, the paper's number (memory: docs/performance.md). `launc
 """
 
 from pi_jax.config import Config
-from pi_jax.recipes import llama
+from pi_jax.config.recipes import llama
 
 
 def get_config() -> Config:

@@ -12,7 +12,7 @@ perplexity of 3.50 at 8,192 and 2.64 at 32,768 tokens (Peng et al. 2023, Table 2
 import dataclasses
 
 from pi_jax.config import ComputeConfig, Config
-from pi_jax.recipes import llama
+from pi_jax.config.recipes import llama
 
 
 def get_config() -> Config:

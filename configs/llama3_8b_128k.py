@@ -11,7 +11,7 @@ No published table holds this run. A row is split over 8 devices (mesh.context).
 import dataclasses
 
 from pi_jax.config import Config, MeshConfig
-from pi_jax.recipes import llama
+from pi_jax.config.recipes import llama
 
 
 def get_config() -> Config:

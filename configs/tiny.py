@@ -18,7 +18,7 @@ from pi_jax.config import (
     RopeConfig,
     TrainConfig,
 )
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 
 def get_config() -> Config:

@@ -13,8 +13,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import jax
 import pytest
 
-from pi_jax import sharding, testing
+from pi_jax import tiny
 from pi_jax.config import MeshConfig
+from pi_jax.parallel import sharding
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def mesh():
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """Paths of the tiny tokenizer, token store and held-out text."""
-    return testing.tiny_inputs(tmp_path_factory.mktemp("inputs"))
+    return tiny.tiny_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def pytest_unconfigure():

@@ -24,11 +24,12 @@ def write(folder: pathlib.Path) -> None:
     """Exports, with the logits of the last position that pi_jax computes."""
     import jax
 
-    from pi_jax import rope, sharding
+    from pi_jax import rope
     from pi_jax.config import ComputeConfig, MeshConfig
-    from pi_jax.convert import hf
+    from pi_jax.convert.formats import hf
     from pi_jax.model import Llama
-    from pi_jax.testing import tiny_model_config
+    from pi_jax.parallel import sharding
+    from pi_jax.tiny import tiny_model_config
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     for name, factor in FACTORS.items():

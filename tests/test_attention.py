@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax import sharding
-from pi_jax.attention import api, attention, chunked, device, splash
-from pi_jax.attention.mask import Mask
-from pi_jax.attention.reference import reference_attention
 from pi_jax.config import MeshConfig
+from pi_jax.model.attention import api, attention, chunked, device, sharded, splash
+from pi_jax.model.attention.mask import Mask
+from pi_jax.model.attention.reference import reference_attention
+from pi_jax.parallel import sharding
 from tests import topologies
 
 ON_CPU = ("chunked", "pallas_triton", "splash")
@@ -187,7 +187,7 @@ def test_on_a_mesh(implementation, sizes):
         arrays = [jax.device_put(x, sharding.named(mesh, a)) for x, a in zip((q, k, v), axes, strict=True)]
         segments = jax.device_put(segments, sharding.named(mesh, ("batch", "sequence")))
         backend = functools.partial(attention, implementation=implementation)
-        found = jax.jit(functools.partial(sharding.attend, backend))(*arrays, segments)
+        found = jax.jit(functools.partial(sharded.attend, backend))(*arrays, segments)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pi_jax.attention import attention, pallas_triton
-from pi_jax.attention.flash import SAVED_NAME
+from pi_jax.model.attention import attention, pallas_triton
+from pi_jax.model.attention.custom_vjp import SAVED_NAME
 from tests import topologies
 
 pytestmark = pytest.mark.compiled

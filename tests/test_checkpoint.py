@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax import sharding
 from pi_jax.checkpoint import Checkpoints, fingerprint
 from pi_jax.config import CheckpointConfig, MeshConfig
 from pi_jax.errors import InputError
+from pi_jax.parallel import sharding
 
 AXES = ("embed", "mlp")
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pi_jax import testing, trees
+from pi_jax import tiny, trees
 from pi_jax.config import ComputeConfig, RopeConfig, extend
 from pi_jax.convert import __main__ as command
-from pi_jax.convert import hf, weights
-from pi_jax.convert.sources import open_model
+from pi_jax.convert import param_mapping
+from pi_jax.convert.formats import hf
+from pi_jax.convert.open import open_model
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
 from pi_jax.rope import Default, Linear
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 COMPUTE = ComputeConfig(dtype="float32")
 
@@ -25,7 +26,7 @@ COMPUTE = ComputeConfig(dtype="float32")
 @pytest.fixture
 def folder(tmp_path, mesh):
     """A tiny model in a Hugging Face folder, with its tokenizer."""
-    testing.tiny_tokenizer(tmp_path / "tokenizer")
+    tiny.tiny_tokenizer(tmp_path / "tokenizer")
     with jax.set_mesh(mesh):
         model = Llama(tiny_model_config(), COMPUTE, jax.random.key(0))
         hf.save(model, str(tmp_path / "model"), str(tmp_path / "tokenizer"))
@@ -71,7 +72,7 @@ def test_several_files_hold_what_one_holds(folder, tmp_path, mesh):
     files = sorted((tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 2 and all(f.stat().st_size < 140_000 for f in files)
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == {t.name for t in weights.tensors(model.config)}
+    assert set(index["weight_map"]) == {t.name for t in param_mapping.tensors(model.config)}
     assert index["metadata"]["total_size"] == sum(x.size * 4 for x in jax.tree.leaves(model))
     for name, leaf in trees.by_name(_load(tmp_path / "parts", mesh)).items():
         np.testing.assert_array_equal(leaf, trees.by_name(model)[name])
@@ -79,8 +80,8 @@ def test_several_files_hold_what_one_holds(folder, tmp_path, mesh):
 
 def test_weights_go_straight_into_shards(folder, mesh):
     """Each device gets its part of what one device reads."""
-    from pi_jax import sharding
     from pi_jax.config import MeshConfig
+    from pi_jax.parallel import sharding
 
     eight = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
     split, whole = _load(folder, eight), _load(folder, mesh)

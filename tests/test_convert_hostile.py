@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pi_jax import testing
+from pi_jax import tiny
 from pi_jax.config import ComputeConfig
 from pi_jax.convert import __main__ as command
-from pi_jax.convert import hf, independent, logits, meta, stream
-from pi_jax.convert.sources import open_model
+from pi_jax.convert import pipeline
+from pi_jax.convert.formats import hf, meta
+from pi_jax.convert.open import open_model
+from pi_jax.convert.verify import logits, readback
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
 from pi_jax.rope import Linear
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 torch = pytest.importorskip("torch")
 
@@ -32,7 +34,7 @@ torch = pytest.importorskip("torch")
 def models(tmp_path_factory, mesh):
     """A tiny model in all three forms."""
     folder = tmp_path_factory.mktemp("models")
-    testing.tiny_tokenizer(folder / "tokenizer")
+    tiny.tiny_tokenizer(folder / "tokenizer")
     with jax.set_mesh(mesh):
         model = Llama(tiny_model_config(), ComputeConfig(dtype="float32"), jax.random.key(0))
         hf.save(model, str(folder / "hf"), str(folder / "tokenizer"))
@@ -358,14 +360,14 @@ def test_a_target_that_exists_is_left_alone(form, refused, tmp_path):
 
 
 def test_a_target_that_appears_meanwhile_is_left_alone(refused, tmp_path, monkeypatch):
-    copy = stream.copy
+    copy = pipeline.copy
 
     def slow(*args):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("x")
         return copy(*args)
 
-    monkeypatch.setattr(stream, "copy", slow)
+    monkeypatch.setattr(pipeline, "copy", slow)
     with pytest.raises(AssertionError):  # the listing has the new file in it, and only that
         refused("hf", lambda f: None)
     assert _listing(tmp_path).keys() - {f"hf/{p.name}" for p in (tmp_path / "hf").iterdir()} == {"out/precious"}
@@ -380,7 +382,7 @@ def test_a_folder_that_cannot_be_made(refused, tmp_path, models, capsys):
 
 @pytest.mark.parametrize("form", ["hf", "meta", "orbax"])
 def test_a_wrong_value_is_found_by_reading_back(form, refused, monkeypatch):
-    read = {"hf": independent.hf, "meta": independent.meta, "orbax": independent.run}[form]
+    read = {"hf": readback.hf, "meta": readback.meta, "orbax": readback.run}[form]
 
     def wrong(*args):
         inner = read(*args)
@@ -393,27 +395,27 @@ def test_a_wrong_value_is_found_by_reading_back(form, refused, monkeypatch):
 
         return one
 
-    monkeypatch.setattr(independent, read.__name__, wrong)
+    monkeypatch.setattr(readback, read.__name__, wrong)
     assert "model.layers.1.mlp.down_proj.weight read back differs" in refused("hf", lambda f: None, "--format", form)
 
 
 def test_a_write_that_goes_wrong_is_found(refused, monkeypatch):
-    write = hf.safetensor.Writer.write
+    write = hf.safetensors.Writer.write
 
     def zeroed(self, tensor, array):
         write(self, tensor, array * 0 if tensor.name == NORM else array)
 
-    monkeypatch.setattr(hf.safetensor.Writer, "write", zeroed)
+    monkeypatch.setattr(hf.safetensors.Writer, "write", zeroed)
     assert f"{NORM} read back differs" in refused("hf", lambda f: None)
 
 
 def test_rows_in_metas_order_are_found_by_the_logits(refused, monkeypatch):
     """Every tensor would come back as it was written, and the model would be noise."""
     monkeypatch.setattr(meta, "halves", lambda rows, _: rows)
-    from pi_jax.convert import arrays
+    from pi_jax.convert import sharded_load
 
-    load = arrays.load
-    monkeypatch.setattr(arrays, "load", lambda reader, *args: load(_Right(reader), *args))
+    load = sharded_load.load
+    monkeypatch.setattr(sharded_load, "load", lambda reader, *args: load(_Right(reader), *args))
 
     class _Right:
         def __init__(self, reader):

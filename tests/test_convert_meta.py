@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pi_jax import testing
+from pi_jax import tiny
 from pi_jax.config import ComputeConfig, RopeConfig
 from pi_jax.convert import __main__ as command
-from pi_jax.convert import hf, meta, weights
-from pi_jax.convert.sources import open_model
+from pi_jax.convert import param_mapping
+from pi_jax.convert.formats import hf, meta
+from pi_jax.convert.open import open_model
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
 from pi_jax.rope import Default, Linear, Llama3
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 torch = pytest.importorskip("torch")
 
@@ -138,7 +139,7 @@ def test_meta_to_all_forms_and_back_is_bit_exact(case, tmp_path):
     [("float32", True), pytest.param("bfloat16", False, marks=SLOW), pytest.param("float16", False, marks=SLOW)],
 )
 def test_hugging_face_to_all_forms_and_back_is_bit_exact(tied, dtype, tmp_path, mesh):
-    testing.tiny_tokenizer(tmp_path / "tokenizer")
+    tiny.tiny_tokenizer(tmp_path / "tokenizer")
     config = tiny_model_config(tie_word_embeddings=tied, rope=Linear(10000.0, 4.0), max_position_embeddings=256,
                                original_max_position_embeddings=64)  # fmt: skip
     with jax.set_mesh(mesh):
@@ -200,8 +201,9 @@ def test_logits_are_those_of_metas_own_rotation(tmp_path, mesh, monkeypatch):
 
 def test_weights_go_straight_into_shards(tmp_path):
     """Each device gets its part, whole heads of q and k among them, and no tensor is read twice."""
-    from pi_jax import sharding, trees
+    from pi_jax import trees
     from pi_jax.config import MeshConfig
+    from pi_jax.parallel import sharding
 
     meta_folder(tmp_path / "meta", tiny_model_config(), files=2)
     eight, one = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -338,8 +340,8 @@ def test_the_table_agrees_with_the_model():
     config = tiny_model_config()
     model = abstract(config, FLOAT32)
     axes, leaves = parameter_axes(model), by_name(model)
-    assert {weight.name for weight in weights.TABLE} == set(axes)
-    for weight in weights.TABLE:
+    assert {weight.name for weight in param_mapping.TABLE} == set(axes)
+    for weight in param_mapping.TABLE:
         lead = ("layers",) if weight.stacked else ()
         assert axes[weight.name] == lead + weight.axes, weight.name
         assert leaves[weight.name].shape[len(lead) :] == weight.shape(config), weight.name

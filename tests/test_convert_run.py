@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from pi_jax import checkpoint, sharding, testing, trees
-from pi_jax.checkpoint import Checkpoints, fingerprint
+from pi_jax import tiny, trees
+from pi_jax.checkpoint import Checkpoints, fingerprint, manager
 from pi_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
 from pi_jax.convert import __main__ as command
-from pi_jax.convert import hf, run, weights
-from pi_jax.convert.sources import open_model
+from pi_jax.convert import param_mapping
+from pi_jax.convert.formats import hf, native
+from pi_jax.convert.open import open_model
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
-from pi_jax.testing import tiny_model_config
+from pi_jax.parallel import placement, sharding
+from pi_jax.tiny import tiny_model_config
 
 COMPUTE = ComputeConfig(dtype="float32")
 
@@ -33,7 +35,7 @@ def model(mesh):
 @pytest.fixture
 def folder(tmp_path, model, mesh):
     """The same in a Hugging Face folder."""
-    testing.tiny_tokenizer(tmp_path / "tokenizer")
+    tiny.tiny_tokenizer(tmp_path / "tokenizer")
     with jax.set_mesh(mesh):
         hf.save(model, str(tmp_path / "hf"), str(tmp_path / "tokenizer"))
     return tmp_path / "hf"
@@ -46,9 +48,9 @@ def _convert(source, target, form, **options):
 
 def _save_run(folder, model, context=None, mesh=None):
     """A run's folder with two checkpoints, as training leaves it: weights beside other state."""
-    (folder / run.MODEL).mkdir(parents=True)
-    hf.write_json(hf.epath.Path(folder / run.MODEL / "config.json"), hf.config_dict(model.config, "float32"))
-    with Checkpoints(folder / run.CHECKPOINTS, CheckpointConfig(every=1)) as checkpoints:
+    (folder / native.MODEL).mkdir(parents=True)
+    hf.write_json(hf.epath.Path(folder / native.MODEL / "config.json"), hf.config_dict(model.config, "float32"))
+    with Checkpoints(folder / native.CHECKPOINTS, CheckpointConfig(every=1)) as checkpoints:
         checkpoints.save(1, {"model": model, "count": jax.numpy.int32(1)}, {}, last=True)
         double = jax.tree.map(lambda x: 2 * x, model)
         checkpoints.save(2, {"model": double, "count": jax.numpy.int32(2)}, {}, last=True)
@@ -57,7 +59,7 @@ def _save_run(folder, model, context=None, mesh=None):
 
 def test_a_converted_checkpoint_is_one_that_training_restores(folder, model, tmp_path, mesh):
     target = _convert(folder, tmp_path / "run", "orbax")
-    with Checkpoints(target / run.CHECKPOINTS, CheckpointConfig(), writer=False) as checkpoints:
+    with Checkpoints(target / native.CHECKPOINTS, CheckpointConfig(), writer=False) as checkpoints:
         assert checkpoints.steps() == [0]
         place = jax.NamedSharding(mesh, jax.P())
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model)
@@ -84,11 +86,11 @@ def test_a_run_is_read_a_layer_at_a_time_on_any_mesh(shape, model, tmp_path):
     mesh = sharding.make_mesh(shape)
     from pi_jax.model import parameter_axes
 
-    places = sharding.shard_tree(mesh, model, parameter_axes(model))
+    places = placement.shard_tree(mesh, model, parameter_axes(model))
     with jax.set_mesh(mesh):
         split = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), model, places)
         _save_run(tmp_path / "run", split)
-    reader = run.Reader(tmp_path / "run", model.config)
+    reader = native.Reader(tmp_path / "run", model.config)
     assert reader.step == 2 and reader._weights.layers_apart
     leaves = trees.by_name(model)
     for tensor in reader.order:
@@ -114,9 +116,9 @@ def test_checkpoints_with_all_layers_in_one_piece_are_read_too(model, tmp_path, 
         return context
 
     with monkeypatch.context() as patch, jax.set_mesh(mesh):
-        patch.setattr(checkpoint, "_context", whole)
+        patch.setattr(manager, "storage_context", whole)
         _save_run(tmp_path / "run", model)
-    reader = run.Reader(tmp_path / "run", model.config)
+    reader = native.Reader(tmp_path / "run", model.config)
     assert not reader._weights.layers_apart
     names = [tensor.weight.name for tensor in reader.order]
     assert names == sorted(names, key=names.index)  # a parameter's layers one after the other
@@ -130,10 +132,10 @@ def test_the_fingerprint_of_parts_adds_up():
         for dtype in ("float32", "bfloat16"):
             x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
             whole = fingerprint({"x": jax.numpy.asarray(x)})["x"]
-            assert checkpoint.fingerprint_of_part(x) == whole
-            parts = [checkpoint.fingerprint_of_part(x[i : i + 1], i) for i in range(shape[0])]
+            assert fingerprint.fingerprint_of_part(x) == whole
+            parts = [fingerprint.fingerprint_of_part(x[i : i + 1], i) for i in range(shape[0])]
             assert sum(parts) % 2**32 == whole
-            moved = [checkpoint.fingerprint_of_part(x[i : i + 1], shape[0] - 1 - i) for i in range(shape[0])]
+            moved = [fingerprint.fingerprint_of_part(x[i : i + 1], shape[0] - 1 - i) for i in range(shape[0])]
             assert sum(moved) % 2**32 != whole
 
 
@@ -147,7 +149,7 @@ def test_layers_of_different_dtypes_need_one(folder, tmp_path):
 
     path = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
-    name = weights.HF_NAMES["layers.mlp.up"].format(1)
+    name = param_mapping.HF_NAMES["layers.mlp.up"].format(1)
     tensors[name] = tensors[name].astype(np.float16)
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(InputError, match="layers.mlp.up is float16 and float32 in different layers"):

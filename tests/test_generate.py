@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax import cache, generate, rope, sampling, sharding
+from pi_jax import rope
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig, extend
-from pi_jax.convert import hf
+from pi_jax.convert.formats import hf
 from pi_jax.errors import InputError
-from pi_jax.generate import Generator
+from pi_jax.generate import Generator, generator, kv_cache, sampling
+from pi_jax.generate.__main__ import main as generate_main
+from pi_jax.generate.streaming import Stream
 from pi_jax.model import Llama
-from pi_jax.streaming import Stream
-from pi_jax.testing import tiny_model_config
+from pi_jax.parallel import placement, sharding
+from pi_jax.tiny import tiny_model_config
 
 FLOAT32 = ComputeConfig(dtype="float32", remat="none")
 PROMPTS = [[5, 17, 200, 3], list(range(40, 75)), [9], [100 + i % 60 for i in range(70)], [7] * 16]
@@ -66,20 +68,20 @@ def test_cached_tokens_are_those_of_whole_passes_in_any_company(kind, models, me
 
 def test_cached_logits_are_those_of_whole_passes(models, mesh, monkeypatch):
     model, seen = models["linear"], []
-    last_logits = generate._last_logits
+    last_logits = generator._last_logits
 
     def spy(*arguments):
         logits = last_logits(*arguments)
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), logits, ordered=True)
         return logits
 
-    monkeypatch.setattr(generate, "_last_logits", spy)
-    generate._choose.clear_cache()
-    generate._decode.clear_cache()
+    monkeypatch.setattr(generator, "_last_logits", spy)
+    generator._choose.clear_cache()
+    generator._decode.clear_cache()
     Generator(model, mesh, max_length=128, chunk=16)([PROMPTS[1], PROMPTS[3]], 8)
     jax.effects_barrier()
-    generate._choose.clear_cache()
-    generate._decode.clear_cache()
+    generator._choose.clear_cache()
+    generator._decode.clear_cache()
     for row, prompt in enumerate((PROMPTS[1], PROMPTS[3])):
         expected = _uncached(model, prompt, 8)[1]
         np.testing.assert_allclose(np.array(seen)[:, row], expected, atol=1e-4 * np.abs(expected).max())
@@ -114,13 +116,13 @@ def test_every_mesh_gives_the_same_and_splits_the_cache(sizes, models, mesh, mon
     with jax.set_mesh(wide):
         from pi_jax.model import parameter_axes
 
-        model = sharding.put_tree(wide, jax.tree.map(np.asarray, models["linear"]), parameter_axes(models["linear"]))
+        model = placement.put_tree(wide, jax.tree.map(np.asarray, models["linear"]), parameter_axes(models["linear"]))
     generator = Generator(model, wide, max_length=128, chunk=16)
     drawn = generator(PROMPTS, 4, temperature=1.0, top_p=0.9)
     assert drawn == Generator(models["linear"], mesh, max_length=128, chunk=16)(PROMPTS, 4, temperature=1.0, top_p=0.9)
     made = []
-    empty = cache.empty
-    monkeypatch.setattr(cache, "empty", lambda *a: made.append(empty(*a)) or made[-1])
+    empty = kv_cache.empty
+    monkeypatch.setattr(kv_cache, "empty", lambda *a: made.append(empty(*a)) or made[-1])
     assert generator(PROMPTS, 8) == expected
     rows = 8 // sizes[3]
     assert made[0].k_BTKH.shape[0] == 8 and made[0].k_BTKH.shape[2] == 2  # K/V heads, not query heads
@@ -167,11 +169,11 @@ def test_a_prompt_is_read_in_chunks_without_its_logits(models, mesh):
     original = rope.phases
     try:
         rope.phases = lambda positions, *a: shapes.append(positions.shape) or original(positions, *a)
-        generate._embed.clear_cache()
+        generator._embed.clear_cache()
         generator([list(np.arange(300) % config.vocab_size)], 2)
     finally:
         rope.phases = original
-        generate._embed.clear_cache()
+        generator._embed.clear_cache()
     assert set(shapes) <= {(1, 64), (1, 1)} and (1, 64) in shapes
 
 
@@ -195,19 +197,19 @@ def test_what_cannot_be_generated_is_said(prompts, settings, message, models, me
 def test_the_command_streams_and_writes(inputs, tmp_path, capsys):
     out = tmp_path / "out.json"
     words = ["--model", inputs["model"], "--max-new-tokens", "12", "--dtype", "float32", "--output", str(out)]
-    generate.main([*words, "--prompt", "Ada keeps"])
+    generate_main([*words, "--prompt", "Ada keeps"])
     streamed = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert streamed == report["results"][0]["continuation"] + "\n" and report["results"][0]["prompt_tokens"] == 9
     (tmp_path / "p.txt").write_text("Ben takes the")
-    generate.main([*words, "--prompt", "Ada keeps", "--prompt-file", str(tmp_path / "p.txt")])
+    generate_main([*words, "--prompt", "Ada keeps", "--prompt-file", str(tmp_path / "p.txt")])
     again = json.loads(out.read_text())["results"]
     assert again[0] == report["results"][0] and len(again) == 2
     assert "'Ben takes the'" in capsys.readouterr().out
 
 
 def test_a_stream_waits_for_the_whole_character(inputs, capsys):
-    from pi_jax.data.prepare import load_tokenizer
+    from pi_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(inputs["tokenizer"])
     stream = Stream(tokenizer)
@@ -239,10 +241,10 @@ def test_bad_input_is_one_sentence_and_status_2(inputs, arguments, message, caps
         (k,) if v is None else (k, v) for k, v in right.items() if k != "--prompt" or v is not None
     )
     with pytest.raises(SystemExit) as stop:
-        generate.main(list(words))
+        generate_main(list(words))
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_beyond_the_window_both_numbers_are_named(inputs, capsys):
-    generate.main(["--model", inputs["model"], "--prompt", "Ada", "--max-new-tokens", "70", "--dtype", "float32"])
+    generate_main(["--model", inputs["model"], "--prompt", "Ada", "--max-new-tokens", "70", "--dtype", "float32"])
     assert "73 tokens is beyond the 64" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax.loss import score_tokens, weighted_loss
+from pi_jax.model.loss import score_tokens, weighted_loss
 
 
 def _dense(hidden, weights, targets, loss_weights):

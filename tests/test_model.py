@@ -9,11 +9,12 @@ import pytest
 
 from pi_jax import trees
 from pi_jax.config import ComputeConfig
-from pi_jax.convert import hf, weights
-from pi_jax.loss import batch_loss
+from pi_jax.convert import param_mapping
+from pi_jax.convert.formats import hf
 from pi_jax.model import Llama, parameter_axes
+from pi_jax.model.loss import batch_loss
 from pi_jax.rope import Default, Linear
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 FLOAT32 = ComputeConfig(dtype="float32", remat="layer", loss_chunk=16)
 SHAPES = {
@@ -76,7 +77,7 @@ def test_logits_and_gradients_equal_transformers(shape, factor, tmp_path, mesh):
         gradient = np.asarray(gradient)
         layers = enumerate(gradient) if name.startswith("layers.") else [(0, gradient)]
         for i, layer in layers:
-            reference = found[weights.HF_NAMES[name].format(i)]
+            reference = found[param_mapping.HF_NAMES[name].format(i)]
             error = np.linalg.norm(layer.reshape(reference.shape) - reference) / np.linalg.norm(reference)
             assert error < 1e-4, (name, i, error)
 
@@ -148,7 +149,7 @@ def test_mixed_precision_keeps_master_weights_and_float32_where_it_matters():
 def test_every_parameter_has_a_name_elsewhere_and_axes():
     model = Llama(tiny_model_config(), FLOAT32, jax.random.key(0))
     axes = parameter_axes(model)
-    assert set(axes) == set(weights.HF_NAMES)
+    assert set(axes) == set(param_mapping.HF_NAMES)
     for name, leaf in trees.by_name(model).items():
         assert len(axes[name]) == leaf.ndim
     count = sum(leaf.size for leaf in jax.tree.leaves(model))

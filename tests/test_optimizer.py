@@ -8,8 +8,8 @@ import pytest
 from pi_jax import trees
 from pi_jax.config import ComputeConfig, OptimizerConfig
 from pi_jax.model import Llama
-from pi_jax.optimizer import learning_rate, make_optimizer
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
+from pi_jax.train.optimizer import learning_rate, make_optimizer
 
 
 def test_warm_up_is_linear_from_a_tenth_over_20_steps():

@@ -9,10 +9,12 @@ import runpy
 import jax
 import pytest
 
-from pi_jax import hlo, plan, sharding, topology
 from pi_jax.config import ComputeConfig, Config, DataConfig, MeshConfig, RopeConfig, extend, load_config
 from pi_jax.errors import InputError
-from pi_jax.testing import tiny_model_config
+from pi_jax.parallel import sharding
+from pi_jax.plan import hlo, memory, topology
+from pi_jax.plan.__main__ import main as plan_main
+from pi_jax.tiny import tiny_model_config
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -21,7 +23,7 @@ def _plan(layers=2, mesh=MeshConfig(), window=256, **compute):
     model = extend(dataclasses.replace(tiny_model_config(), num_hidden_layers=layers), RopeConfig("linear", 4.0))
     compute = ComputeConfig(dtype="float32", loss_chunk=64, **compute)
     config = Config(compute=compute, data=DataConfig(window=window, batch_size=16), mesh=mesh)
-    return plan.plan(config, model, sharding.make_mesh(mesh), 2**30)
+    return memory.plan(config, model, sharding.make_mesh(mesh), 2**30)
 
 
 def test_parameters_moments_and_gradients_are_those_of_one_of_eight_devices():
@@ -90,14 +92,14 @@ def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(topology.Topology, "devices", lambda self: jax.devices()[: self.count])
     output = tmp_path / "plan.json"
     config = str(CONFIGS[0].parent / "tiny.py")
-    plan.main(["--config", config, "--topology", "v5e:8", "--output", str(output), "--data.batch-size", "16"])
+    plan_main(["--config", config, "--topology", "v5e:8", "--output", str(output), "--data.batch-size", "16"])
     written = json.loads(output.read_text())
     assert f"{written['peak'] / 2**30:8.2f}" in capsys.readouterr().out
     few = ["--data.batch-size", "2"]
-    plan.main(["--config", config, "--topology", "v5e:8", "--search", "--output", str(output), *few])
+    plan_main(["--config", config, "--topology", "v5e:8", "--search", "--output", str(output), *few])
     tried = json.loads(output.read_text())["tried"]
     assert [(t["topology"], t["rows"], t["accumulation"]) for t in tried] == [("v5e:1", 1, 2), ("v5e:1", 2, 1)]
     monkeypatch.setitem(topology.CHIPS, "v5e", dataclasses.replace(here, memory=2**20))
     with pytest.raises(SystemExit) as stop:
-        plan.main(["--config", config, "--topology", "v5e:1", *few])
+        plan_main(["--config", config, "--topology", "v5e:1", *few])
     assert stop.value.code == 1

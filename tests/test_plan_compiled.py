@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from pi_jax import plan, sharding, topology
 from pi_jax.config import extend, load_config
+from pi_jax.parallel import sharding
+from pi_jax.plan import memory, topology
 
 pytestmark = pytest.mark.compiled
 
@@ -26,7 +27,7 @@ def _plan(name, machine, **changes):
     if machine.startswith("h100"):
         config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="pallas_triton"))
     mesh = sharding.make_mesh(config.mesh, cluster.devices())
-    return plan.plan(config, extend(config.model, config.rope), mesh, cluster.chip.memory, machine)
+    return memory.plan(config, extend(config.model, config.rope), mesh, cluster.chip.memory, machine)
 
 
 @pytest.mark.parametrize("name, machine", MACHINES.items())

@@ -18,10 +18,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from pi_jax import rope
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig, extend
-from pi_jax.convert import hf
+from pi_jax.convert.formats import hf
 from pi_jax.errors import InputError
-from pi_jax.sharding import make_mesh, put_same
-from pi_jax.testing import tiny_model_config
+from pi_jax.parallel.placement import put_same
+from pi_jax.parallel.sharding import make_mesh
+from pi_jax.tiny import tiny_model_config
 
 torch.set_num_threads(1)
 

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from pi_jax import sharding, step, trees
+from pi_jax import trees
 from pi_jax.config import ComputeConfig, MeshConfig, OptimizerConfig, RopeConfig, extend
 from pi_jax.errors import InputError
 from pi_jax.model import Llama, abstract, parameter_axes
-from pi_jax.optimizer import make_optimizer
-from pi_jax.testing import tiny_model_config
+from pi_jax.parallel import placement, sharding
+from pi_jax.tiny import tiny_model_config
+from pi_jax.train import step
+from pi_jax.train.optimizer import make_optimizer
 
 COMPUTE = ComputeConfig(dtype="float32", loss_chunk=16)
 MESHES = {
@@ -45,13 +47,13 @@ def _run(mesh, steps=2, packed=True, moments=None, **compute):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, **(moments or {})), 10)
     with jax.set_mesh(mesh):
         template = abstract(model_config, compute)
-        shardings = sharding.shard_tree(mesh, template, parameter_axes(template))
+        shardings = placement.shard_tree(mesh, template, parameter_axes(template))
         make = jax.jit(functools.partial(Llama, model_config, compute), out_shardings=shardings)
         state = step.first_state(make(jax.random.key(0)), optimizer)
         update = step.make_step(optimizer)
         values = []
         for index in range(steps):
-            state, value = update(state, sharding.put_batch(mesh, batch))
+            state, value = update(state, placement.put_batch(mesh, batch))
             values.append([float(value["loss"]), float(value["grad_norm"])])
             if index == 0:
                 moments = jax.device_get(trees.by_name(state.opt_state))
@@ -101,7 +103,7 @@ def test_rows_in_a_wrong_order_are_noticed(monkeypatch):
 
 
 def test_zigzag_gives_every_device_the_same_number_of_keys_to_visit():
-    order = sharding.zigzag(64, 4)
+    order = placement.zigzag(64, 4)
     assert sorted(order) == list(range(64))
     assert set(np.sum(1 + order.reshape(4, 16), axis=1)) == {16 * 65 // 2}
     np.testing.assert_array_equal(order[:16], [*range(8), *range(56, 64)])

@@ -7,56 +7,57 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax import rope, scores, testing, theory
+from pi_jax import rope, tiny
 from pi_jax.cli import main
 from pi_jax.config import ComputeConfig
-from pi_jax.convert import hf
+from pi_jax.convert.formats import hf
 from pi_jax.model import Llama
+from pi_jax.theory import bounds, measured
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 128])
 def test_interpolated_scores_stay_within_the_corrected_bound(head_dim):
     rng = np.random.default_rng(head_dim)
-    theta_R = theory.frequencies(head_dim)
+    theta_R = bounds.frequencies(head_dim)
     left = rng.integers(0, 32768, 200)
     fraction = rng.random(200)
     phase = rng.random((200, head_dim // 2))
     # Random h, and the worst there is: all pairs turned so that a(s) bends as one in the middle of the gap.
     for h in (rng.random(phase.shape) * np.exp(2j * np.pi * phase), np.exp(-1j * (left[:, None] + 0.5) * theta_R)):
-        a_left, a_right = theory.score(h, left, theta_R), theory.score(h, left + 1, theta_R)
+        a_left, a_right = bounds.score(h, left, theta_R), bounds.score(h, left + 1, theta_R)
         chord = (1 - fraction) * a_left + fraction * a_right
-        off = np.abs(theory.score(h, left + fraction, theta_R) - chord)
-        bound = 4 * fraction * (1 - fraction) * theory.interpolation_bound(head_dim) * np.abs(h).max(axis=1)
+        off = np.abs(bounds.score(h, left + fraction, theta_R) - chord)
+        bound = 4 * fraction * (1 - fraction) * bounds.interpolation_bound(head_dim) * np.abs(h).max(axis=1)
         assert (off <= bound * (1 + 1e-9) + 1e-10).all()
 
 
 def test_the_printed_bound_does_not_hold():
-    assert theory.printed_bound(128) == pytest.approx(128 / 294.7309, rel=1e-6)
-    assert theory.counter_example(128) / theory.printed_bound(128) == pytest.approx(1.14, abs=0.005)
+    assert bounds.printed_bound(128) == pytest.approx(128 / 294.7309, rel=1e-6)
+    assert bounds.counter_example(128) / bounds.printed_bound(128) == pytest.approx(1.14, abs=0.005)
     for head_dim, ratio in ((64, 1.30), (32, 1.66), (8, 4.56)):
-        assert theory.counter_example(head_dim) / theory.printed_bound(head_dim) == pytest.approx(ratio, abs=0.005)
-        assert theory.counter_example(head_dim) < theory.interpolation_bound(head_dim)
-    assert theory.interpolation_bound(128) == pytest.approx(0.49979, abs=5e-6)
-    assert theory.interpolation_bound(64) == pytest.approx(0.28561, abs=5e-6)
+        assert bounds.counter_example(head_dim) / bounds.printed_bound(head_dim) == pytest.approx(ratio, abs=0.005)
+        assert bounds.counter_example(head_dim) < bounds.interpolation_bound(head_dim)
+    assert bounds.interpolation_bound(128) == pytest.approx(0.49979, abs=5e-6)
+    assert bounds.interpolation_bound(64) == pytest.approx(0.28561, abs=5e-6)
 
 
 def test_extrapolation_bound_by_head_size():
-    ratios = theory.extrapolation_bound(np.arange(4096), 128) / 128
+    ratios = bounds.extrapolation_bound(np.arange(4096), 128) / 128
     assert ratios[0] == 16.25
     assert ratios.min() == pytest.approx(1.1159, abs=5e-5) and ratios.argmin() == 3643
-    assert (theory.extrapolation_bound(np.arange(4096), 64) / 64 < 1).mean() == pytest.approx(0.073, abs=5e-4)
+    assert (bounds.extrapolation_bound(np.arange(4096), 64) / 64 < 1).mean() == pytest.approx(0.073, abs=5e-4)
 
 
 def test_extrapolation_bound_bounds_scores():
     rng = np.random.default_rng(0)
     h = rng.standard_normal((50, 64)) + 1j * rng.standard_normal((50, 64))
     distances = rng.integers(0, 32768, 50)
-    limit = 2 * np.abs(h).max(axis=1) * theory.extrapolation_bound(distances, 128)
-    assert (np.abs(theory.score(h, distances, theory.frequencies(128))) <= limit).all()
+    limit = 2 * np.abs(h).max(axis=1) * bounds.extrapolation_bound(distances, 128)
+    assert (np.abs(bounds.score(h, distances, bounds.frequencies(128))) <= limit).all()
 
 
 def test_a_fit_explodes_beyond_its_window_and_is_smooth_within():
-    fitted = theory.fit()
+    fitted = bounds.fit()
     whole = fitted(np.arange(2048))
     assert np.abs(whole).max() < 2
     assert np.abs(fitted(np.arange(2048, 4096))).max() > 1000 * np.abs(whole).max()
@@ -73,17 +74,17 @@ def test_products_give_the_scores_of_the_model():
     )
     expected = np.einsum("bsnh,bsnh->bsn", rotated_q, np.repeat(rotated_k, 2, axis=2)).ravel()
     distances = np.repeat(positions[0] - positions[1], 4)
-    (h_MR,) = scores._products(q, k)
-    np.testing.assert_allclose(theory.score(h_MR, distances, theory.frequencies(16)), expected, atol=1e-5)
-    (wrong_MR,) = scores._products(q[..., ::-1], k)
-    assert np.abs(theory.score(wrong_MR, distances, theory.frequencies(16)) - expected).max() > 0.1
+    (h_MR,) = measured._products(q, k)
+    np.testing.assert_allclose(bounds.score(h_MR, distances, bounds.frequencies(16)), expected, atol=1e-5)
+    (wrong_MR,) = measured._products(q[..., ::-1], k)
+    assert np.abs(bounds.score(wrong_MR, distances, bounds.frequencies(16)) - expected).max() > 0.1
 
 
 def test_command(tmp_path, capsys, mesh):
-    testing.tiny_tokenizer(tmp_path / "tokenizer")
-    testing.tiny_text(tmp_path, documents=1)
+    tiny.tiny_tokenizer(tmp_path / "tokenizer")
+    tiny.tiny_text(tmp_path, documents=1)
     with jax.set_mesh(mesh):
-        model = Llama(testing.tiny_model_config(), ComputeConfig(dtype="float32"), jax.random.key(0))
+        model = Llama(tiny.tiny_model_config(), ComputeConfig(dtype="float32"), jax.random.key(0))
         hf.save(model, str(tmp_path / "model"), str(tmp_path / "tokenizer"))
     arguments = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "story-000.txt"), "--tokens", "64"]
     main(["theory", "--output", str(tmp_path / "out"), *arguments])

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from pi_jax import train
 from pi_jax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -23,13 +22,15 @@ from pi_jax.config import (
     RopeConfig,
     TrainConfig,
 )
-from pi_jax.convert import hf
 from pi_jax.convert.__main__ import Convert, convert
-from pi_jax.convert.sources import open_model
+from pi_jax.convert.formats import hf
+from pi_jax.convert.open import open_model
 from pi_jax.data.pipeline import open_pipeline
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
+from pi_jax.train import loop
+from pi_jax.train.__main__ import main as train_main
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -58,7 +59,7 @@ def _with(config, **sections):
 
 @pytest.mark.slow
 def test_evaluation_inside_a_run_is_logged_and_changes_nothing(config, inputs, tmp_path):
-    plain = train.train(config, config)
+    plain = loop.train(config, config)
     evaluated = dataclasses.replace(
         _with(config, train={"output": str(tmp_path / "evaluated")}),
         evaluate=EvaluateConfig(
@@ -72,7 +73,7 @@ def test_evaluation_inside_a_run_is_logged_and_changes_nothing(config, inputs, t
             passkey_trials=1,
         ),
     )
-    result = train.train(evaluated, evaluated)
+    result = loop.train(evaluated, evaluated)
     assert _losses(config) == _losses(evaluated) and plain["final"]["loss"] == result["final"]["loss"]
     lines = [json.loads(x) for x in (tmp_path / "evaluated" / "metrics.jsonl").read_text().splitlines()]
     found = {x["step"]: x for x in lines if "perplexity/64" in x}
@@ -94,7 +95,7 @@ def test_evaluation_inside_a_run_is_logged_and_changes_nothing(config, inputs, t
 )
 def test_evaluation_that_cannot_be_done_is_said_before_the_first_step(config, changes, message):
     with pytest.raises(InputError, match=message):
-        train.train(dataclasses.replace(config, evaluate=EvaluateConfig(**changes)), config)
+        loop.train(dataclasses.replace(config, evaluate=EvaluateConfig(**changes)), config)
     assert not pathlib.Path(config.train.output).exists()
 
 
@@ -108,7 +109,7 @@ def test_a_run_learns_evaluates_and_hands_over(config, inputs, tmp_path, capsys)
         _with(config, train={"steps": 30}, logging={"every": 10, "tensorboard": True}),
         evaluate=EvaluateConfig(data=(inputs["heldout"],), windows=(64, 128), stride=32, max_tokens=256),
     )
-    result = train.train(config, config)
+    result = loop.train(config, config)
     losses = _losses(config)
     assert sorted(losses) == [1, 10, 20, 30] and losses[30] < losses[1] - 1.5
     assert result["perplexity"][1]["window"] == 128 and 1 < result["perplexity"][1]["perplexity"] < 60
@@ -129,11 +130,11 @@ def test_a_run_learns_evaluates_and_hands_over(config, inputs, tmp_path, capsys)
 
 def test_a_resumed_run_continues_to_the_bit(config, tmp_path):
     straight = config
-    train.train(straight, straight)
+    loop.train(straight, straight)
     halves = _with(config, train={"output": str(tmp_path / "halves"), "steps": 4})
-    train.train(halves, halves)
+    loop.train(halves, halves)
     rest = _with(halves, train={"steps": 6}, mesh={"data": 2})  # and on another mesh
-    train.train(rest, rest)
+    loop.train(rest, rest)
     resumed, whole = _losses(rest), _losses(straight)
     assert sorted(resumed) == sorted(whole) == [1, 2, 3, 4, 5, 6]
     assert [resumed[s] for s in (1, 2, 3, 4)] == [whole[s] for s in (1, 2, 3, 4)]
@@ -150,7 +151,7 @@ def test_batches_do_not_depend_on_devices_or_hosts(config):
 def test_one_step_is_what_it_was(config):
     """Golden values of the first step, on any machine: if you meant to change the training, put in the new ones."""
     config = _with(config, train={"steps": 1})
-    train.train(config, config)
+    loop.train(config, config)
     line = json.loads((pathlib.Path(config.train.output) / "metrics.jsonl").read_text())
     np.testing.assert_allclose([line["loss"], line["grad_norm"], line["learning_rate"]], GOLDEN, rtol=1e-3)
 
@@ -167,7 +168,7 @@ def test_training_starts_from_a_hugging_face_folder(config, inputs, tmp_path, me
         _with(config, train={"init_from": str(tmp_path / "base"), "steps": 1}, optimizer={"learning_rate": 1e-12}),
         model=None,
     )
-    train.train(config, config)
+    loop.train(config, config)
     source = open_model(config.train.output)
     assert source.config.rope.factor == 2.0 and source.config.num_key_value_heads == 1
     with jax.set_mesh(mesh):
@@ -187,8 +188,8 @@ def test_training_starts_from_a_meta_folder_without_a_conversion(config, inputs,
     ours = _with(config, train={"init_from": str(tmp_path / "base"), "output": str(tmp_path / "a"), "steps": 1})
     theirs = _with(config, train={"init_from": str(tmp_path / "meta"), "output": str(tmp_path / "b"), "steps": 1})
     theirs = dataclasses.replace(theirs, model=tiny_model_config(bos_token_id=1, eos_token_id=2))
-    train.train(ours, ours)
-    train.train(theirs, theirs)
+    loop.train(ours, ours)
+    loop.train(theirs, theirs)
     assert _losses(ours) == _losses(theirs)
     assert json.loads((tmp_path / "b" / "model" / "config.json").read_text())["max_sequence_length"] == 64
     assert (tmp_path / "b" / "model" / "tokenizer.json").exists()  # that of the data
@@ -197,7 +198,7 @@ def test_training_starts_from_a_meta_folder_without_a_conversion(config, inputs,
 @pytest.mark.slow
 def test_a_run_exports_while_it_trains(config, tmp_path):
     config = _with(config, checkpoint={"every": 4, "export_hf_every": 2})
-    train.train(config, config)
+    loop.train(config, config)
     exports = pathlib.Path(config.train.output) / "hf"
     assert sorted(p.name for p in exports.iterdir()) == ["step-2", "step-4", "step-6"]
     last = json.loads((exports / "step-6" / "config.json").read_text())
@@ -214,7 +215,7 @@ def test_an_export_that_fails_does_not_end_the_run(config, tmp_path, monkeypatch
     config = _with(config, train={"steps": 2}, checkpoint={"export_hf_every": 1})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "hf").write_text("in the way")
-    train.train(config, config)
+    loop.train(config, config)
     assert "Not exported at step 1" in capsys.readouterr().out and len(_losses(config)) == 2
 
 
@@ -238,11 +239,11 @@ def test_what_is_wrong_is_said_before_anything_is_written(config, sections, mess
     config = _with(config, **sections)
     if "wandb" not in message:
         with pytest.raises(InputError, match=message):
-            train.train(config, config)
+            loop.train(config, config)
         assert not (pathlib.Path(config.train.output) / "metrics.jsonl").exists()
     elif not _installed("wandb"):
         with pytest.raises(InputError, match=message):
-            train.train(config, config)
+            loop.train(config, config)
 
 
 def _installed(name):
@@ -263,7 +264,7 @@ def test_text_of_another_tokenizer_is_refused(config, inputs, tmp_path, mesh):
     file.write_text(json.dumps(tokenizer))
     config = _with(config, train={"init_from": str(tmp_path / "base")})
     with pytest.raises(InputError, match="another tokenizer.*--tokenizer"):
-        train.train(config, config)
+        loop.train(config, config)
 
 
 def test_a_model_of_another_shape_than_the_folder_is_refused(config, inputs, tmp_path, mesh):
@@ -272,24 +273,24 @@ def test_a_model_of_another_shape_than_the_folder_is_refused(config, inputs, tmp
         hf.save(model, str(tmp_path / "base"), inputs["tokenizer"])
     config = _with(config, train={"init_from": str(tmp_path / "base")}, model={"hidden_size": 128})
     with pytest.raises(InputError, match="model.hidden_size is 128 but .* has 64"):
-        train.train(config, config)
+        loop.train(config, config)
 
 
 def test_a_finished_run_stays_as_it_is(config):
     config = _with(config, train={"steps": 2})
-    first = train.train(config, config)
+    first = loop.train(config, config)
     run = pathlib.Path(config.train.output)
     before = {p: p.read_bytes() for p in run.glob("*.json*")}
     (run / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
-    assert train.train(config, config) == json.loads((run / "result.json").read_text())
-    assert first["final"] == train.train(config, config)["final"]
+    assert loop.train(config, config) == json.loads((run / "result.json").read_text())
+    assert first["final"] == loop.train(config, config)["final"]
     assert {p: p.read_bytes() for p in run.glob("*.json*")} == before
 
 
 def test_reading_a_run_touches_nothing_in_it(config, mesh):
     """It may be running: a save in flight must survive."""
     config = _with(config, train={"steps": 2})
-    train.train(config, config)
+    loop.train(config, config)
     in_flight = pathlib.Path(config.train.output, "checkpoints", "9.orbax-checkpoint-tmp")
     in_flight.mkdir()
     with jax.set_mesh(mesh):
@@ -299,19 +300,19 @@ def test_reading_a_run_touches_nothing_in_it(config, mesh):
 
 def test_resuming_with_other_data_or_model_is_refused(config):
     config = _with(config, train={"steps": 2})
-    train.train(config, config)
+    loop.train(config, config)
     with pytest.raises(InputError, match="other data settings"):
-        train.train(_with(config, data={"seed": 5}), config)
+        loop.train(_with(config, data={"seed": 5}), config)
     with pytest.raises(InputError, match="other model settings|holds another state|no usable checkpoint"):
-        train.train(_with(config, model={"rms_norm_eps": 1e-6}), config)
+        loop.train(_with(config, model={"rms_norm_eps": 1e-6}), config)
     with pytest.raises(InputError, match=r"train.steps is 1, but .* is at 2"):
-        train.train(_with(config, train={"steps": 1}), config)
+        loop.train(_with(config, train={"steps": 1}), config)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
     config = _with(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0})
     with pytest.raises(FloatingPointError):
-        train.train(config, config)
+        loop.train(config, config)
 
 
 def test_bad_input_on_the_command_line_is_one_sentence_and_status_2(tmp_path):
@@ -325,7 +326,7 @@ def test_bad_input_on_the_command_line_is_one_sentence_and_status_2(tmp_path):
 
 def test_smoke_runs_every_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.main(
+    train_main(
         ["--config", str(ROOT / "configs" / "smollm2_16k.py"), "--smoke", "--mesh.context", "2", "--mesh.tensor", "2"]
     )
     (file,) = tmp_path.glob("runs/smollm2-16k-smoke-*/result.json")

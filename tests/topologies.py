@@ -8,7 +8,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pi_jax import topology
+from pi_jax.plan import topology
 
 GPU_NAMES = {
     (8, 0): "NVIDIA A100-SXM4-80GB",

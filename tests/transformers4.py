@@ -22,12 +22,13 @@ def write(folder: pathlib.Path) -> None:
     """Exports a model for each kind, with the logits that pi_jax computes."""
     import jax
 
-    from pi_jax import rope, sharding
+    from pi_jax import rope
     from pi_jax.config import ComputeConfig, MeshConfig
-    from pi_jax.convert import hf
     from pi_jax.convert.__main__ import Convert, convert
+    from pi_jax.convert.formats import hf
     from pi_jax.model import Llama
-    from pi_jax.testing import tiny_model_config
+    from pi_jax.parallel import sharding
+    from pi_jax.tiny import tiny_model_config
 
     long = {"factor": 4.0, "original_max_position_embeddings": 64}
     lists = {"short_factor": tuple(1 + i / 8 for i in range(8)), "long_factor": tuple(1.0 + i for i in range(8))}

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import generate, sharding
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
-from pi_jax.convert.sources import open_model
-from pi_jax.data.prepare import load_tokenizer
+from pi_jax.convert.open import open_model
+from pi_jax.data.tokenizer import load_tokenizer
+from pi_jax.generate import Generator
+from pi_jax.parallel import placement, sharding
 
 PROMPTS = (
     "The capital of France is",
@@ -60,7 +61,7 @@ def main(args: Check) -> None:
 
         with jax.set_mesh(mesh):
             model = open_model(args.model, rope).load(ComputeConfig(dtype="float32", remat="none"), mesh)
-        generator = generate.Generator(model, mesh, max_length=256)
+        generator = Generator(model, mesh, max_length=256)
         for prompt in prompts:
             assert generator([prompt], NEW) == expect([prompt]), (rope, tokenizer.decode(prompt))
         assert generator(prompts[:4], NEW) == expect(prompts[:4]), rope
@@ -72,24 +73,24 @@ def main(args: Check) -> None:
 def _logits(generator, model, prompt, mesh) -> float:
     """The largest difference of a step's logits from those of a whole pass, over a generation."""
     seen = []
-    head = generate._last_logits
+    head = generator._last_logits
 
     def spy(*arguments):
         logits = head(*arguments)
         jax.debug.callback(lambda x: seen.append(np.asarray(x[0])), logits, ordered=True)
         return logits
 
-    generate._last_logits = spy
+    generator._last_logits = spy
     jax.clear_caches()
     try:
         new = generator([prompt], NEW)[0]
         jax.effects_barrier()
     finally:
-        generate._last_logits = head
+        generator._last_logits = head
         jax.clear_caches()
     tokens = np.array([[*prompt, *new]], np.int32)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        batch = sharding.put_batch(mesh, {"t": tokens, "p": np.arange(tokens.size, dtype=np.int32)[None]})
+        batch = placement.put_batch(mesh, {"t": tokens, "p": np.arange(tokens.size, dtype=np.int32)[None]})
         whole = np.asarray(jax.jit(lambda m, t, p: m.logits(m(t, p)))(model, batch["t"], batch["p"]))[0]
     expected = whole[len(prompt) - 1 : -1]
     return float(np.abs(np.array(seen) - expected).max())

@@ -11,10 +11,12 @@ from etils import epath
 
 from pi_jax import cli
 from pi_jax.config import RopeConfig
-from pi_jax.convert import hf, logits, meta, run, stream
+from pi_jax.convert import pipeline
 from pi_jax.convert.folders import has_tokenizer, is_remote, new_folder, require_absent
-from pi_jax.convert.meta import MetaOptions
-from pi_jax.convert.sources import Source, open_model
+from pi_jax.convert.formats import hf, meta, native
+from pi_jax.convert.formats.meta import MetaOptions
+from pi_jax.convert.open import Source, open_model
+from pi_jax.convert.verify import logits
 from pi_jax.errors import InputError
 
 
@@ -62,7 +64,7 @@ def convert(args: Convert, quiet: bool = False) -> None:
     config, files = source.config, args.tokenizer or source.files
     started = time.monotonic()
     weights = source.reader(args.step)
-    reader = stream.Cast(weights, args.dtype)
+    reader = pipeline.Cast(weights, args.dtype)
     with new_folder(args.target) as folder:
         if args.format == "hf":
             facts = source.facts(getattr(weights, "step", 0))
@@ -71,11 +73,11 @@ def convert(args: Convert, quiet: bool = False) -> None:
         elif args.format == "meta":
             meta.write(reader, config, folder, args.meta, files, args.verify, quiet)
         else:
-            run.write(reader, config, folder, files, args.verify, quiet)
+            native.write(reader, config, folder, files, args.verify, quiet)
         compared = _compare_logits(args, source, reader, folder) if args.verify else "not compared (--no-verify)"
     size = sum(math.prod(tensor.shape) * reader.dtypes[tensor.name].itemsize for tensor in reader.order)
     print(
-        f"{args.target}: {config.num_parameters():,} parameters, {stream.main_dtype(reader.dtypes)}, {config.rope}, "
+        f"{args.target}: {config.num_parameters():,} parameters, {pipeline.main_dtype(reader.dtypes)}, {config.rope}, "
         f"window {config.max_position_embeddings}; {size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s; "
         f"{compared}"
     )
@@ -83,7 +85,7 @@ def convert(args: Convert, quiet: bool = False) -> None:
         print(f"note: {note}")
 
 
-def _compare_logits(args: Convert, source: Source, reader: stream.Reader, folder: epath.Path) -> str:
+def _compare_logits(args: Convert, source: Source, reader: pipeline.Reader, folder: epath.Path) -> str:
     """pi_jax on the one side, transformers on the Hugging Face side, whichever that is."""
     if args.format == "hf":
         told = logits.compare(reader, source.config, folder)
@@ -97,7 +99,7 @@ def _compare_logits(args: Convert, source: Source, reader: stream.Reader, folder
 
 def _notes(args: Convert, source: Source) -> Iterator[str]:
     config = source.config
-    folder = epath.Path(args.target) / (run.MODEL if args.format == "orbax" else "")
+    folder = epath.Path(args.target) / (native.MODEL if args.format == "orbax" else "")
     if source.kind == "meta" and not args.meta.window and not (epath.Path(args.source) / meta.SIDECAR).is_file():
         yield (
             f"params.json does not say the window: taken as {config.original_window} by the rules in docs/convert.md "

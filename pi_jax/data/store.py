@@ -28,6 +28,7 @@ import tensorstore as ts
 from jaxtyping import Int
 
 from pi_jax import __version__
+from pi_jax.data.tokenizer import TokenizerInfo
 from pi_jax.errors import InputError
 
 FORMAT = 1
@@ -42,23 +43,6 @@ _SECONDS_TO_ANSWER = 60
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerInfo:
-    """What identifies a tokenizer: stores may only be mixed, or trained on, where `vocab_hash` agrees."""
-
-    name: str
-    vocab_size: int
-    """Largest token id + 1: rows that an embedding table must have."""
-    vocab_hash: str
-    """SHA-256 of the sorted pairs of token and id."""
-
-    @classmethod
-    def of(cls, name: str, vocab: Mapping[str, int]) -> "TokenizerInfo":
-        """The identity of a tokenizer with this `get_vocab()`."""
-        canonical = json.dumps(sorted(vocab.items()), separators=(",", ":"))
-        return cls(name, max(vocab.values()) + 1, hashlib.sha256(canonical.encode()).hexdigest())
 
 
 def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]]:

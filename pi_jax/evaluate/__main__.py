@@ -4,8 +4,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pi_jax import cli, distributed
+from pi_jax import cli
 from pi_jax.errors import InputError
+from pi_jax.parallel import cluster
 
 WHAT = {
     "perplexity": "sliding windows over text, by token, by window and by document",
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         def command():
             module = _module(argv[0])
             if not {"-h", "--help"} & set(argv) and argv[0] != "report":
-                distributed.initialize()
+                cluster.initialize()
             module.main(argv[1:])
 
         cli.run(command)

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from pi_jax import cli, sharding
+from pi_jax import cli
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
-from pi_jax.convert.sources import open_model
+from pi_jax.convert.open import open_model
 from pi_jax.errors import InputError
 from pi_jax.generate import Generator, require_mesh, stop_tokens, warn_beyond_window
+from pi_jax.parallel import sharding
 
 BATCH_TOKENS = 32768
 """Tokens of prompts that are read side by side, where nothing else is asked for."""
@@ -42,7 +43,7 @@ def open_generator(options: ModelOptions, longest: int) -> tuple[Generator, Any,
     Raises:
       InputError: if the model or its tokenizer cannot be read or do not belong together.
     """
-    from pi_jax.data.prepare import load_tokenizer
+    from pi_jax.data.tokenizer import load_tokenizer
 
     cli.require_writable(options.output)
     if options.batch_tokens < 1:

@@ -24,13 +24,13 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from pi_jax import cli, sharding
+from pi_jax import cli, log
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.errors import InputError
-from pi_jax.evaluate.scoring import rows_at_a_time, score_rows
+from pi_jax.evaluate.loglikelihood import rows_at_a_time, score_rows
 from pi_jax.generate import Generator, warn_beyond_window
-from pi_jax.metrics import note
 from pi_jax.model import Llama
+from pi_jax.parallel import sharding
 
 TABLE_5 = ("boolq", "piqa", "race_middle", "race", "winogrande")
 """The paper's benchmarks inside the original window; `race` is RACE-H, `race_middle` our file for RACE-M."""
@@ -295,9 +295,9 @@ def harness(args: Harness) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
     import lm_eval
 
-    from pi_jax.convert.sources import open_model
-    from pi_jax.data.prepare import load_tokenizer
-    from pi_jax.evaluate.perplexity import require_vocabulary
+    from pi_jax.convert.open import open_model
+    from pi_jax.data.tokenizer import load_tokenizer
+    from pi_jax.evaluate.perplexity.command import require_vocabulary
 
     cli.require_writable(args.output)
     cli.require_writable(args.samples)
@@ -345,8 +345,8 @@ def harness(args: Harness) -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "results": {task: _metrics(values, found["n-samples"].get(task)) for task, values in found["results"].items()},
     }
-    note(f"{args.model}: {source.config.rope}, lm_eval {lm_eval.__version__}, {args.dtype}")
-    note(table(report["results"]))
+    log.info(f"{args.model}: {source.config.rope}, lm_eval {lm_eval.__version__}, {args.dtype}")
+    log.info(table(report["results"]))
     if jax.process_index() == 0:
         if args.output:
             cli.write_json(args.output, report)

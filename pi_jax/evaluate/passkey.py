@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli, theory
+from pi_jax import cli, plotting
 from pi_jax.errors import InputError
 from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
 from pi_jax.generate import Generator
@@ -223,12 +223,12 @@ def _check(args: Passkey) -> None:
     cli.require_writable(args.output)
     cli.require_writable(args.figure)
     if args.figure:
-        theory.new_figure(1, 1, 1)  # fails now if it must
+        plotting.new_figure(1, 1, 1)  # fails now if it must
 
 
 def passkey(args: Passkey) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
-    from pi_jax.convert.sources import open_model
+    from pi_jax.convert.open import open_model
 
     _check(args)
     lengths = args.lengths
@@ -298,7 +298,7 @@ def table(report: dict[str, Any]) -> str:
 def draw(path: str, report: dict[str, Any]) -> None:
     """The grid as a heat map, or success against k where there is no grid."""
     grid = report["grid"]
-    figure, (axes,) = theory.new_figure(8, 4.8, 1)
+    figure, (axes,) = plotting.new_figure(8, 4.8, 1)
     if grid:
         columns, rows = len(grid["lengths"]), len(grid["depths"])
         image = axes.imshow(100 * np.array(grid["success"]), cmap="viridis", vmin=0, vmax=100, aspect="auto")

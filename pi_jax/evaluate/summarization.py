@@ -15,14 +15,14 @@ import numpy as np
 import tyro
 from rouge_score import rouge_scorer
 
-from pi_jax import cli
-from pi_jax.convert.sources import open_model
+from pi_jax import cli, log
+from pi_jax.convert.open import open_model
 from pi_jax.data.documents import Document, read_documents
-from pi_jax.data.prepare import SUMMARIZE, Prompt, load_tokenizer
+from pi_jax.data.prepare import SUMMARIZE
+from pi_jax.data.tokenizer import Prompt, load_tokenizer
 from pi_jax.errors import InputError
 from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
-from pi_jax.evaluate.perplexity import warn
-from pi_jax.metrics import note
+from pi_jax.evaluate.perplexity.command import warn
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 """rougeL takes the whole text as one sequence; rougeLsum joins the sequences of its lines."""
@@ -139,8 +139,8 @@ def summarization(args: Summarization) -> dict[str, Any]:
             for d, p, s, scores in zip(pairs, prompts, summaries, each, strict=True)
         ],
     }
-    note(f"{args.model}: {config.rope}, {len(pairs)} documents, {args.dtype}; F-measure in %")
-    note("  ".join(f"{name} {100 * means[name]['f']:.2f}" for name in METRICS))
+    log.info(f"{args.model}: {config.rope}, {len(pairs)} documents, {args.dtype}; F-measure in %")
+    log.info("  ".join(f"{name} {100 * means[name]['f']:.2f}" for name in METRICS))
     if args.output and jax.process_index() == 0:
         cli.write_json(args.output, report)
     return report

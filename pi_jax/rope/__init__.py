@@ -14,20 +14,9 @@ Layout: half-split. Channel i is rotated together with channel i + H/2, as in Hu
 `kinds` says how fast each channel pair turns, `rotation` turns queries and keys, `hf` reads and writes `config.json`.
 """
 
-from pi_jax.rope.hf import KINDS, from_hf, to_hf, window_from_hf, window_to_hf
-from pi_jax.rope.kinds import (
-    CHOICES,
-    Default,
-    Dynamic,
-    Linear,
-    Llama3,
-    LongRope,
-    Scaling,
-    Yarn,
-    build_scaling,
-    ntk,
-)
-from pi_jax.rope.rotation import apply_phases, phases, rotate
+from pi_jax.rope.hf_config import KINDS, from_hf, to_hf, window_from_hf, window_to_hf
+from pi_jax.rope.rotary import apply_phases, phases, rotate
+from pi_jax.rope.scaling import CHOICES, Default, Dynamic, Linear, Llama3, LongRope, Scaling, Yarn, build_scaling, ntk
 
 __all__ = [
     "CHOICES",

@@ -8,7 +8,8 @@ import pytest
 
 from pi_jax.config import DataConfig
 from pi_jax.data.pipeline import Pipeline, Rows, Source, open_pipeline, parse_source
-from pi_jax.data.store import TokenizerInfo, TokenStore, TokenStoreWriter
+from pi_jax.data.store import TokenStore, TokenStoreWriter
+from pi_jax.data.tokenizer import TokenizerInfo
 from pi_jax.errors import InputError
 
 WINDOW, BATCH = 8, 4

@@ -10,8 +10,9 @@ import tokenizers
 import transformers
 
 from pi_jax.data import prepare as prepare_module
-from pi_jax.data.prepare import Options, encode, load_tokenizer, main, prepare
-from pi_jax.data.store import TokenizerInfo, TokenStore
+from pi_jax.data.prepare import Options, main, prepare
+from pi_jax.data.store import TokenStore
+from pi_jax.data.tokenizer import TokenizerInfo, encode, load_tokenizer
 from pi_jax.errors import InputError
 
 TEXTS = [f"Document {i}: " + "long text, naïve café. " * (7 * i % 23) for i in range(40)]

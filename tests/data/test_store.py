@@ -11,7 +11,8 @@ import pytest
 import tensorstore as ts
 
 from pi_jax.data import store as store_module
-from pi_jax.data.store import TokenizerInfo, TokenStore, TokenStoreWriter, length_histogram
+from pi_jax.data.store import TokenStore, TokenStoreWriter, length_histogram
+from pi_jax.data.tokenizer import TokenizerInfo
 from pi_jax.errors import InputError
 
 SHARD, CHUNK = 1024, 64

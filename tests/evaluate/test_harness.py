@@ -11,7 +11,7 @@ from pi_jax.errors import InputError
 from pi_jax.evaluate import __main__ as evaluate
 from pi_jax.evaluate import harness
 from pi_jax.model import Llama
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 TASKS = {
     "choice": """
@@ -41,7 +41,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, inputs, mesh):
     """Interpolated by 2, with weights large enough that answers differ."""
-    from pi_jax.convert import hf
+    from pi_jax.convert.formats import hf
 
     folder = tmp_path_factory.mktemp("model") / "hf"
     config = extend(tiny_model_config(), RopeConfig("linear", 2.0))

@@ -7,21 +7,21 @@ import re
 import jax
 import pytest
 
-from pi_jax import testing
+from pi_jax import tiny
 from pi_jax.config import ComputeConfig
-from pi_jax.data.prepare import load_tokenizer
+from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.errors import InputError
 from pi_jax.evaluate import passkey
 from pi_jax.generate import Generator
 from pi_jax.model import Llama
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 
 def _word_tokenizer(folder):
     """Words and their blanks as tokens, a BOS in front: nothing like one token a byte."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
-    testing.tiny_tokenizer(folder)
+    tiny.tiny_tokenizer(folder)
     text = " ".join([passkey.HEADER, passkey.FILLER, passkey.KEY_LINE, passkey.QUESTION])
     words = sorted({w for part in ("", " ", "\n") for x in text.split() for w in re.findall(r"\W|\w+", part + x)})
     names = ["<s>", "</s>", "<unk>", "<pad>", *map(str, range(10)), *words]
@@ -169,7 +169,7 @@ def test_bad_input_is_one_sentence_and_status_2(inputs, arguments, message, caps
 
 
 def test_a_vocabulary_that_does_not_fit_is_said(inputs, tmp_path, mesh, capsys):
-    from pi_jax.convert import hf
+    from pi_jax.convert.formats import hf
 
     with jax.set_mesh(mesh):
         small = Llama(

@@ -10,9 +10,10 @@ import pytest
 
 from pi_jax.config import ComputeConfig, RopeConfig, extend
 from pi_jax.errors import InputError
-from pi_jax.evaluate import perplexity, scoring, sliding
+from pi_jax.evaluate import loglikelihood
+from pi_jax.evaluate.perplexity import command, sliding
 from pi_jax.model import Llama
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 COMPUTE = ComputeConfig(dtype="float32", loss_chunk=16)
 
@@ -51,8 +52,8 @@ def _by_hand(model, tokens, window, stride, bos):
 
 @pytest.mark.parametrize(("bos", "devices"), [(None, 1), (256, 4)])
 def test_losses_equal_those_by_hand(bos, devices):
-    from pi_jax import sharding
     from pi_jax.config import MeshConfig
+    from pi_jax.parallel import sharding
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     rng = np.random.default_rng(0)
@@ -69,17 +70,17 @@ def test_one_program_serves_a_window(mesh):
     documents = [np.arange(n) % 250 for n in (90, 7, 41)]
     with jax.set_mesh(mesh):
         model = Llama(tiny_model_config(), COMPUTE, jax.random.key(0))
-        before = scoring._score._cache_size()
+        before = loglikelihood._score._cache_size()
         for _ in range(2):  # as at two steps of a training run
             sliding.score_documents(model, documents, 26, 7, mesh)
-    assert scoring._score._cache_size() == before + 1
+    assert loglikelihood._score._cache_size() == before + 1
 
 
 def test_summary_by_token_by_window_and_by_document():
     losses = [np.array([np.nan, 1.0, 2.0, 3.0], np.float32), np.array([np.nan, 4.0], np.float32)]
     windows = sliding.plan_windows([4, 2], 3, 1)
     assert len(windows) == 3
-    result = perplexity.summarize(losses, ["a", "b"], [2], windows)
+    result = command.summarize(losses, ["a", "b"], [2], windows)
     assert result["tokens"] == 4 and result["windows"] == 3
     np.testing.assert_allclose(result["loss"], 2.5)
     np.testing.assert_allclose(result["perplexity"], np.exp(2.5))
@@ -88,12 +89,12 @@ def test_summary_by_token_by_window_and_by_document():
     assert [b["loss"] for b in result["curve"]] == [None, 2.5, 2.0, 3.0]
     assert [d["tokens"] for d in result["documents"]] == [3, 1]
     np.testing.assert_allclose(result["documents"][0]["window_mean_perplexity"], np.exp((1.5 + 3) / 2))
-    assert "12.18" in perplexity.table([{"window": 4, **result}])
+    assert "12.18" in command.table([{"window": 4, **result}])
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, inputs, mesh):
-    from pi_jax.convert import hf
+    from pi_jax.convert.formats import hf
 
     folder = tmp_path_factory.mktemp("model") / "hf"
     with jax.set_mesh(mesh):
@@ -103,7 +104,7 @@ def model_folder(tmp_path_factory, inputs, mesh):
 
 def test_the_command_writes_what_it_prints(model_folder, inputs, tmp_path, capsys):
     out = tmp_path / "deep" / "result.json"
-    perplexity.main(
+    command.main(
         ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "128", "--stride", "32"]
         + ["--max-tokens", "200", "--rope.kind", "linear", "--rope.factor", "2", "--output", str(out)]
     )
@@ -117,7 +118,7 @@ def test_the_command_writes_what_it_prints(model_folder, inputs, tmp_path, capsy
 
 
 def _run(*words):
-    perplexity.main(list(words))
+    command.main(list(words))
 
 
 def test_what_a_reader_must_know_is_said(model_folder, inputs, tmp_path, capsys):
@@ -231,21 +232,21 @@ def test_bad_input_is_one_sentence_and_status_2(model_folder, inputs, arguments,
     }
     words = itertools.chain.from_iterable((right | arguments).items())
     with pytest.raises(SystemExit) as stop:
-        perplexity.main(list(words))
+        command.main(list(words))
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_foreign_tokenizer_is_noticed(inputs):
     with pytest.raises(InputError, match="260 tokens, the model's vocab_size is 100"):
-        perplexity.read_tokens([inputs["heldout"]], inputs["tokenizer"], 100, 50)
+        command.read_tokens([inputs["heldout"]], inputs["tokenizer"], 100, 50)
 
 
 def test_the_first_tokens_are_those_of_the_whole_text(inputs, tmp_path, monkeypatch):
     """Also where a token stands for more characters than expected: here `<pad>`, for five instead of two."""
-    monkeypatch.setattr(perplexity, "_CHARACTERS_A_TOKEN", 2)
+    monkeypatch.setattr(command, "_CHARACTERS_A_TOKEN", 2)
     text = "<pad>" * 40 + "abc" * 2000
     (tmp_path / "a.txt").write_text(text)
-    _, (whole,) = perplexity.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, None)
+    _, (whole,) = command.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, None)
     for count in (3, 39, 60):
-        _, (first,) = perplexity.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, count)
+        _, (first,) = command.read_tokens([str(tmp_path)], inputs["tokenizer"], 260, count)
         np.testing.assert_array_equal(first, whole[:count])

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from pi_jax.data.prepare import load_tokenizer
-from pi_jax.evaluate import ruler, ruler_tasks
-from pi_jax.evaluate.ruler_tasks import NOISE, TASKS, make_samples, score
+from pi_jax.data.tokenizer import load_tokenizer
+from pi_jax.evaluate.ruler import command, tasks
+from pi_jax.evaluate.ruler.tasks import NOISE, TASKS, make_samples, score
 
 ESSAYS = " ".join(f"This is sentence {i} of an essay about nothing." for i in range(400))
 
@@ -146,14 +146,14 @@ def test_scores_are_shares_of_the_answers_that_are_there():
 
 def test_the_effective_length_ends_where_the_average_falls():
     rows = [{"length": n, "average": a} for n, a in ((16384, 90.0), (4096, 95.0), (8192, 85.6), (32768, 85.5))]
-    assert ruler.effective_length(rows) == 16384
-    assert ruler.effective_length([{"length": 4096, "average": 85.59}, {"length": 8192, "average": 99.0}]) == 0
+    assert command.effective_length(rows) == 16384
+    assert command.effective_length([{"length": 4096, "average": 85.59}, {"length": 8192, "average": 99.0}]) == 0
 
 
 @pytest.mark.slow
 def test_the_command_writes_what_it_prints(inputs, tmp_path, capsys):
     out = tmp_path / "r.json"
-    ruler.main(
+    command.main(
         ["--model", inputs["model"], "--lengths", "900", "1000", "--tasks", "niah_single_1", "fwe", "--samples", "2"]
         + ["--output", str(out)]
     )
@@ -178,7 +178,7 @@ def test_bad_input_is_one_sentence_and_status_2(inputs, arguments, message, caps
     right = {"--model": inputs["model"], "--lengths": "900", "--tasks": "niah_single_1", "--samples": "1"}
     words = itertools.chain.from_iterable((right | arguments).items())
     with pytest.raises(SystemExit) as stop:
-        ruler.main(list(words))
+        command.main(list(words))
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -186,4 +186,4 @@ def test_without_essays_their_tasks_are_left_out():
     assert [name for name, task in TASKS.items() if not task.essays] == [
         *("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
     ]
-    assert ruler_tasks.THRESHOLD == 85.6
+    assert tasks.THRESHOLD == 85.6

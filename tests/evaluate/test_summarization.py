@@ -10,11 +10,12 @@ import pytest
 from rouge_score import rouge_scorer
 
 from pi_jax.config import ComputeConfig
-from pi_jax.data.prepare import SUMMARIZE, load_tokenizer
+from pi_jax.data.prepare import SUMMARIZE
+from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.evaluate import __main__ as evaluate
 from pi_jax.evaluate import summarization
 from pi_jax.model import Llama
-from pi_jax.testing import tiny_model_config
+from pi_jax.tiny import tiny_model_config
 
 RECORDS = [
     {"report": "The grass is green. " * 3, "summary": "Grass is green."},
@@ -25,7 +26,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, inputs, mesh):
-    from pi_jax.convert import hf
+    from pi_jax.convert.formats import hf
 
     folder = tmp_path_factory.mktemp("model") / "hf"
     with jax.set_mesh(mesh):

@@ -1,0 +1,6 @@
+"""Checkpoints of a run: written in the background, fingerprinted, and verified when they are read."""
+
+from pi_jax.checkpoint.layerwise import Weights, WeightsWriter
+from pi_jax.checkpoint.manager import Checkpoints
+
+__all__ = ["Checkpoints", "Weights", "WeightsWriter"]

@@ -1,0 +1,67 @@
+import os
+import pathlib
+import re
+from typing import Any
+
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from pi_jax import trees
+from pi_jax.errors import InputError
+
+STATE = "state"  # Orbax's name for the folder of the arrays
+
+
+METADATA = "_CHECKPOINT_METADATA"
+
+
+def storage_context() -> ocp.Context:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    layers_apart = ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
+    context.array.saving.scoped_storage_options_creator = lambda path, _: (
+        layers_apart if ".layers." in f".{trees.path_name(path)}" else None
+    )
+    return context
+
+
+def absolute(folder: str | pathlib.Path) -> epath.Path:
+    return epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
+
+
+def reason(error: BaseException) -> str:
+    """What the operating system said, where a library hands it on in a longer text."""
+    error = _innermost(error)
+    found = re.search(r"([^:]+) \[os_error_code=", str(error))
+    return found.group(1).strip() if found else root_cause(error)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def root_cause(error: BaseException) -> str:
+    error = _innermost(error)
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def open_array(folder: epath.Path, step: int, name: str, uncompressed: bool = False) -> ts.TensorStore:
+    """An array as it is stored, or made anew, empty and uncompressed."""
+    base = f"{folder / str(step) / STATE}/"
+    kvstore = {"driver": "ocdbt", "base": base if "://" in base else f"file://{base}", "path": f"{name}/"}
+    spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore}
+    try:
+        array = ts.open(spec, open=True).result()
+        if uncompressed:
+            metadata = array.spec().to_json()["metadata"]
+            for codec in metadata["codecs"]:
+                if codec["name"] == "sharding_indexed":
+                    inside = codec["configuration"]["codecs"]
+                    codec["configuration"]["codecs"] = [c for c in inside if c["name"] != "zstd"]
+            array = ts.open(spec | {"metadata": metadata}, create=True, delete_existing=True).result()
+        return array
+    except ValueError as error:
+        raise InputError(f"{name} cannot be opened ({str(error)[:200]})") from None

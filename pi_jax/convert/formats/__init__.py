@@ -1,0 +1,1 @@
+"""Readers and writers of weight files: one module per format."""

@@ -1,0 +1,220 @@
+"""torch's `.pth` files, as Meta publishes them: zip archives of a pickle and raw tensors.
+
+Reading: torch's own weights-only unpickler says which tensors there are and where in the file they lie; it builds
+nothing but tensors, and of those no data. The bytes are then read plainly, as a mapped file would count as memory once
+touched.
+Writing: torch.save wants all tensors at once, so the archive is written here, a tensor at a time.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import os
+import pathlib
+import pickle
+import struct
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from pi_jax.convert.formats.safetensors import Entry, discard, finish, read_rows, start_storing
+from pi_jax.convert.param_mapping import Index
+from pi_jax.convert.pipeline import require_finite, require_float
+from pi_jax.errors import InputError
+
+_OLDEST_TORCH = (2, 10)  # before it, files could corrupt memory (CVE-2026-24747) or run code (CVE-2025-32434)
+_ALIGNMENT = 64
+
+
+def require_torch() -> Any:
+    """torch, if it is there and safe to open files with."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError("Meta's .pth files need torch, which is not installed: pip install 'torch>=2.10'") from None
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _OLDEST_TORCH:
+        raise InputError(
+            f"torch {torch.__version__} is not safe to open .pth files with (CVE-2026-24747): install 2.10 or newer"
+        )
+    return torch
+
+
+class File:
+    """One `.pth` file, opened; reads what it is asked for and nothing more."""
+
+    def __init__(self, path: pathlib.Path):
+        """Reads and checks the table of contents.
+
+        Raises:
+          InputError: if the file is not a whole archive of plain tensors.
+        """
+        self.path = path
+        torch = require_torch()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    raise InputError(f"{path} is compressed inside, which torch.save never does: refused")
+            state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+            raise InputError(
+                f"{path} holds more than plain tensors ({reason.strip()[:160] or 'its pickle is refused'}): "
+                "nothing of it was run; convert it to safetensors where it was made"
+            ) from None
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is no whole .pth file: {str(error).splitlines()[0][:160]}") from None
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise InputError(
+                f"{path} holds a {type(state).__name__} with more than tensors: it must be a table of them"
+            )
+        size = os.path.getsize(path)
+        self.entries = {str(name): _entry(path, str(name), tensor, size) for name, tensor in state.items()}
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (lives as long as this object)
+
+    def read(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor."""
+        entry = self.entries[name]
+        require_float(str(self.path), name, entry.dtype)
+        return require_finite(str(self.path), name, read_rows(self._file, self.path, name, entry, rows))
+
+
+def _entry(path: pathlib.Path, name: str, tensor: Any, size: int) -> Entry:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = tuple(tensor.shape)
+    offset = (tensor.untyped_storage()._checkpoint_offset or 0) + tensor.storage_offset() * tensor.element_size()
+    end = offset + math.prod(shape) * tensor.element_size()
+    within = tensor.storage_offset() * tensor.element_size() + math.prod(shape) * tensor.element_size()
+    if not tensor.is_contiguous() or within > tensor.untyped_storage().nbytes() or end > size:
+        raise InputError(f"{path}: {name} claims {dtype}{list(shape)}, which the file does not hold row by row")
+    return Entry(dtype, shape, offset)
+
+
+class Joined:
+    """A tensor whose parts lie in several files."""
+
+    def __init__(self, files: list[File], name: str, dimension: int | None):
+        """Checks that the parts are of one kind.
+
+        Args:
+          files: all of them.
+          name: of the tensor.
+          dimension: that the files split; None: each holds all of it.
+
+        Raises:
+          InputError: naming the file whose part is missing or different.
+        """
+        self._files, self._name, self._dimension = files, name, dimension
+        first = files[0].entries.get(name)
+        for file in files:
+            entry = file.entries.get(name)
+            if entry is None:
+                raise InputError(f"{file.path} lacks {name}")
+            require_float(str(file.path), name, entry.dtype)
+            if (entry.shape, entry.dtype) != (first.shape, first.dtype):
+                raise InputError(
+                    f"{file.path}: {name} is {entry.dtype}{list(entry.shape)}, but {files[0].path.name} has "
+                    f"{first.dtype}{list(first.shape)}"
+                )
+        self._part = first.shape
+        self.dtype = np.dtype(first.dtype)
+        self.shape = tuple(n * len(files) if i == dimension else n for i, n in enumerate(first.shape))
+
+    def read(self, index: Index) -> np.ndarray:
+        """The part within `index`, which has a slice a dimension."""
+        if self._dimension is None:
+            return self._files[0].read(self._name, index[0])[(slice(None), *index[1:])]
+        size = self._part[self._dimension]
+        start, stop, _ = index[self._dimension].indices(self.shape[self._dimension])
+        found = []
+        for number, file in enumerate(self._files):
+            first, last = max(start - number * size, 0), min(stop - number * size, size)
+            if first < last:
+                here = tuple(slice(first, last) if i == self._dimension else part for i, part in enumerate(index))
+                found.append(file.read(self._name, here[0])[(slice(None), *here[1:])])
+        return found[0] if len(found) == 1 else np.concatenate(found, self._dimension)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """Stands for a tensor's bytes in the pickle."""
+
+    kind: type
+    key: str
+    elements: int
+
+
+class _Tensor:
+    """Pickles as torch pickles a contiguous tensor."""
+
+    def __init__(self, storage: _Storage, shape: tuple[int, ...]):
+        self._storage, self._shape = storage, shape
+
+    def __reduce__(self):
+        from torch._utils import _rebuild_tensor_v2
+
+        stride = tuple(math.prod(self._shape[i + 1 :]) for i in range(len(self._shape)))
+        return _rebuild_tensor_v2, (self._storage, 0, self._shape, stride, False, collections.OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return ("storage", obj.kind, obj.key, "cpu", obj.elements) if isinstance(obj, _Storage) else None
+
+
+class Writer:
+    """One file; tensors come in the order announced."""
+
+    def __init__(self, path: pathlib.Path, contents: dict[str, tuple[str, tuple[int, ...]]]):
+        """Writes the table of contents.
+
+        Args:
+          path: of the file.
+          contents: name -> dtype and shape.
+        """
+        torch = require_torch()
+        kinds = {"float32": torch.FloatStorage, "float16": torch.HalfStorage, "bfloat16": torch.BFloat16Storage}
+        self._prefix = path.stem
+        self._contents = contents
+        self._names = list(contents)
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by `close`)
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        table = {
+            name: _Tensor(_Storage(kinds[dtype], str(i), math.prod(shape)), shape)
+            for i, (name, (dtype, shape)) in enumerate(contents.items())
+        }
+        stream = io.BytesIO()
+        _Pickler(stream, protocol=2).dump(table)
+        self._record("data.pkl", stream.getvalue())
+        self._record("byteorder", b"little")
+
+    def _record(self, name: str, data: Any) -> None:
+        info = zipfile.ZipInfo(f"{self._prefix}/{name}")
+        # torch maps tensors where they lie: data start at a multiple of 64, by an extra field of the right length.
+        # 30 bytes of header, the name, 20 bytes for sizes beyond 4 GB, 4 bytes of the field itself.
+        start = self._file.tell() + 30 + len(info.filename) + 20 + 4
+        padding = -start % _ALIGNMENT
+        info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
+        with self._archive.open(info, "w", force_zip64=True) as record:
+            record.write(data)
+        start_storing(self._file, len(data))
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Takes the next tensor."""
+        place = len(self._contents) - len(self._names)
+        assert self._names.pop(0) == name and (array.dtype.name, array.shape) == self._contents[name]
+        self._record(f"data/{place}", memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+
+    def close(self) -> None:
+        """Finishes the archive."""
+        assert not self._names
+        self._record("version", b"3\n")
+        self._archive.close()
+        finish(self._file)
+
+    def discard(self) -> None:
+        """Closes the file, unfinished."""
+        self._archive.fp = None  # else it would be completed when it is collected
+        discard(self._file)

@@ -1,0 +1,5 @@
+"""Sliding-window perplexity."""
+
+from pi_jax.evaluate.perplexity.command import main
+
+__all__ = ["main"]

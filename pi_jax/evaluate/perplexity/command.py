@@ -1,0 +1,359 @@
+"""Sliding-window perplexity, every token scored exactly once.
+
+Five different things carry this name. This one: perplexity is exp(sum of losses / tokens scored) over all documents,
+which are never joined; the windows are those of `pi_jax.evaluate.sliding`. No BOS is prepended unless asked for.
+(Press et al. 2021 after Chen et al. 2023, section 3.1; weighting as in PoSE.) Beside it stands what YaRN's evaluator
+calls perplexity: exp of the mean over windows of each window's mean loss.
+
+Losses are kept by position in the document: that shows *where* a window breaks, or stops helping, which an average
+hides.
+"""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from pi_jax import cli, log
+from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
+from pi_jax.errors import InputError
+from pi_jax.evaluate.perplexity.sliding import Partial, Window, identity, plan_windows, score_documents
+from pi_jax.model import Llama
+from pi_jax.parallel import sharding
+
+_CHARACTERS_A_TOKEN = 64
+"""Of a text whose first tokens are wanted, this many characters a token are tokenized first."""
+_CURVE_POINTS = 64
+
+BosPolicy = Literal["none", "document", "window"]
+"""'none': no BOS; 'document': before the first token of a document, as in training; 'window': before every window,
+which then holds one token of text fewer (YaRN, PoSE)."""
+
+
+def summarize(
+    losses: Sequence[np.ndarray], names: Sequence[str], edges: Sequence[int], windows: Sequence[Window]
+) -> dict[str, Any]:
+    """What the losses of documents say: over all tokens, by window, by document, and by position in the document.
+
+    Args:
+      losses: of each document's tokens; NaN for what is not scored.
+      names: of the documents.
+      edges: bounds of the ranges of positions.
+      windows: that scored them, for the mean over windows.
+    """
+    longest = max(len(x) for x in losses)
+    edges = sorted({0, *(e for e in edges if 0 < e < longest), longest})
+    fine = np.unique(np.linspace(0, longest, min(longest, _CURVE_POINTS) + 1).astype(int))
+    counts, sums = _by_position(losses, longest)
+
+    def ranges(edges: Sequence[int]) -> list[dict[str, Any]]:
+        cut = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+        return [{"from": a, "to": b, **_stats(counts[a:b].sum(), sums[a:b].sum())} for a, b in cut]
+
+    means = [float(np.nanmean(losses[w.document][w.first : w.stop])) for w in windows]
+    of_document = [[m for m, w in zip(means, windows, strict=True) if w.document == i] for i in range(len(losses))]
+    documents = [
+        {"name": name, **_stats(np.sum(~np.isnan(x)), np.nansum(x, dtype=np.float64)), **_window_mean(own)}
+        for name, x, own in zip(names, losses, of_document, strict=True)
+    ]
+    return {
+        **_stats(counts.sum(), sums.sum()),
+        **_window_mean(means),
+        "by_position": ranges(edges),
+        "curve": ranges(fine),
+        "documents": documents,
+    }
+
+
+def _by_position(losses: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens scored at each position, and the sum of their losses, over all documents."""
+    counts, sums = np.zeros(longest, np.int64), np.zeros(longest)
+    for x in losses:
+        counts[: len(x)] += ~np.isnan(x)
+        sums[: len(x)] += np.nan_to_num(x.astype(np.float64))
+    return counts, sums
+
+
+def _stats(count: int, total: float) -> dict[str, Any]:
+    if not count:
+        return {"tokens": 0, "loss": None, "perplexity": None}
+    return {"tokens": int(count), "loss": float(total / count), "perplexity": _exp(total / count)}
+
+
+def _window_mean(means: Sequence[float]) -> dict[str, Any]:
+    return {"windows": len(means), "window_mean_perplexity": _exp(float(np.mean(means)))}
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def default_edges(longest: int) -> list[int]:
+    """Powers of two from 256 on."""
+    return [2**i for i in range(8, max(9, longest.bit_length()))]
+
+
+def require_vocabulary(tokenizer: Any, folder: str, vocab_size: int) -> None:
+    """Checks that the model has an embedding for each of the tokenizer's tokens."""
+    if len(tokenizer.get_vocab()) > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
+            f"{vocab_size}: they do not belong together"
+        )
+
+
+def read_tokens(
+    data: Sequence[str], tokenizer_dir: str, vocab_size: int, max_tokens: int | None, text_field: str = "text"
+) -> tuple[list[str], list[np.ndarray]]:
+    """Names and token ids (no special tokens) of the documents in text files, cut to `max_tokens`.
+
+    Raises:
+      InputError: if there is no text, or the tokenizer has ids that the model has not.
+    """
+    from pi_jax.data import documents, prepare
+
+    tokenizer = prepare.load_tokenizer(tokenizer_dir)
+    require_vocabulary(tokenizer, tokenizer_dir, vocab_size)
+    found = list(documents.read_documents(data, text_field))
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        return prepare.encode(tokenizer, texts, bos=False, eos=False)
+
+    # The beginning of a book will do for its first tokens; where it gives too few, the whole is tokenized.
+    cut = _CHARACTERS_A_TOKEN * max_tokens if max_tokens else None
+    tokens = encode([d.text[:cut] for d in found])
+    short = [i for i, d in enumerate(found) if cut and len(d.text) > cut and len(tokens[i]) <= max_tokens]
+    for i, whole in zip(short, encode([found[i].text for i in short]), strict=True):
+        tokens[i] = whole
+    kept = [(d.name, t[:max_tokens]) for d, t in zip(found, tokens, strict=True) if len(t) >= 2]
+    if not kept:
+        raise InputError(f"{', '.join(data)}: there is no text to evaluate on")
+    if empty := [d.name for d, t in zip(found, tokens, strict=True) if len(t) < 2]:
+        warn(f"{_some(empty)} left out: a document needs at least two tokens")
+    return [n for n, _ in kept], [t for _, t in kept]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def warn(message: str) -> None:
+    """A warning on stderr, from process 0."""
+    if jax.process_index() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def warn_about_windows(model: ModelConfig, names: Sequence[str], documents: Sequence[np.ndarray], windows) -> None:
+    """Says what a reader of the result must know about the windows: beyond the model's own, or longer than the text."""
+    if max(windows) > model.max_position_embeddings:
+        warn(
+            f"window {max(windows)} is beyond the {model.max_position_embeddings} tokens that the model is scaled to "
+            f"({model.rope}): expect perplexity to explode there"
+        )
+    lengths = [len(tokens) for tokens in documents]
+    if short := [f"{n} ({length})" for n, length in zip(names, lengths, strict=True) if length < max(windows)]:
+        warn(f"shorter than a window of {max(windows)} tokens, and read in one window: {_some(short)}")
+
+
+def check_windows(documents: Sequence[np.ndarray], windows: Sequence[int], stride: int) -> int:
+    """The length of the longest document.
+
+    Raises:
+      InputError: if a window is longer, or advances by so much that a scored token would have none before it.
+    """
+    longest = max(len(tokens) for tokens in documents)
+    if max(windows) > longest:
+        raise InputError(
+            f"window {max(windows)} is longer than every document (the longest has {longest} tokens): "
+            "evaluate on longer text or a shorter window"
+        )
+    for window in windows:
+        if stride >= window < longest:
+            raise InputError(f"stride {stride} with a window of {window}: the stride must be shorter than the window")
+    return longest
+
+
+def evaluate_model(
+    model: Llama,
+    mesh: jax.sharding.Mesh,
+    names: Sequence[str],
+    documents: Sequence[np.ndarray],
+    windows: Sequence[int],
+    stride: int,
+    bos: int | None = None,
+    edges: Sequence[int] = (),
+    partial: str = "",
+) -> list[dict[str, Any]]:
+    """One result for each window; see `summarize`. How far it is, and the time left, is shown on stderr.
+
+    Args:
+      model: with parameters on `mesh`.
+      mesh: the mesh that is set.
+      names: of the documents.
+      documents: token ids.
+      windows: window sizes in tokens.
+      stride: tokens that a window advances.
+      bos: token put before every window, or None.
+      edges: bounds of the ranges of positions in the result; empty: powers of two.
+      partial: file that holds what is scored so far, so that an interrupted evaluation goes on; empty: none.
+
+    Raises:
+      InputError: if a window is longer than every document.
+    """
+    longest = check_windows(documents, windows, stride)
+    lengths = [len(tokens) for tokens in documents]
+    plans = {window: plan_windows(lengths, window, stride, bos) for window in windows}
+    saved = Partial(partial, identity(model, documents, bos)) if partial else None
+    if saved and saved.rejected:
+        warn(f"{partial} is damaged or of another evaluation: starting afresh")
+    elif saved and saved.windows_done:
+        log.info(f"Going on after {saved.windows_done} windows that {partial} holds")
+    results = []
+    # On a terminal a bar; in a log file a line now and then. In tokens read, so that the time left is about right.
+    with tqdm(
+        total=sum(window * len(plan) for window, plan in plans.items()),
+        desc="perplexity",
+        unit="token",
+        unit_scale=True,
+        disable=jax.process_index() > 0,
+        mininterval=1 if sys.stderr.isatty() else 60,
+    ) as bar:
+        for window, plan in plans.items():
+            started = time.monotonic()
+
+            def advance(done, window=window):
+                bar.update(done * window)
+
+            losses = score_documents(model, documents, window, stride, mesh, bos, advance, saved)
+            summary = summarize(losses, names, edges or default_edges(longest), plan)
+            seconds = time.monotonic() - started
+            results.append({"window": window, "stride": stride, "seconds": round(seconds, 1), **summary})
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Results for people: a row a window, a column a range of positions."""
+    buckets = results[0]["by_position"]
+    heads = ["window", "tokens", "perplexity", "window mean"]
+    heads += [f"{_short(b['from'])}-{_short(b['to'])}" for b in buckets]
+    rows = [
+        [str(r["window"]), f"{r['tokens']:,}", _number(r["perplexity"]), _number(r["window_mean_perplexity"])]
+        + [_number(b["perplexity"]) for b in r["by_position"]]
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [heads, *rows])
+
+
+def _short(n: int) -> str:
+    return f"{n // 1024}k" if n and n % 1024 == 0 else str(n)
+
+
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}" if x < 1000 else f"{x:.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Sliding-window perplexity of a model on text: every token scored once, by token, by window and by document."""
+
+    model: str
+    """Hugging Face folder, or the folder of a pi_jax run."""
+    data: tuple[str, ...]
+    """Text files, folders or globs: .txt, .jsonl(.gz, .zst), .parquet."""
+    windows: tuple[int, ...]
+    """Window sizes in tokens."""
+    stride: int = 256
+    """Tokens a window advances."""
+    max_tokens: int | None = None
+    """Cut documents to this many tokens."""
+    edges: tuple[int, ...] = ()
+    """Bounds of the ranges of document positions that are reported; empty: powers of two."""
+    bos: BosPolicy = "none"
+    """Where the model's BOS token stands: nowhere, before every document, or before every window (which then holds one
+    token of text fewer, as in YaRN's evaluator)."""
+    rope: RopeConfig = RopeConfig()
+    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+    text_field: str = "text"
+    """Field of .jsonl and .parquet."""
+    output: str = ""
+    """Also write the result to this JSON file. An interrupted evaluation leaves FILE.partial and goes on from there."""
+
+    def __post_init__(self):
+        if self.stride < 1 or any(w < 2 for w in self.windows) or not self.windows:
+            raise InputError(f"windows {self.windows} with stride {self.stride}: need windows >= 2 and a stride >= 1")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise InputError(f"max-tokens is {self.max_tokens}: it must be at least 2")
+
+
+def perplexity(args: Perplexity) -> dict[str, Any]:
+    """Runs the command; returns what it prints as a dictionary."""
+    from pi_jax.convert.open import open_model
+
+    cli.require_writable(args.output)
+    source = open_model(args.model, args.rope)
+    names, documents = read_tokens(args.data, source.files, source.config.vocab_size, args.max_tokens, args.text_field)
+    bos = source.config.bos_token_id
+    if args.bos != "none" and bos is None:
+        raise InputError(f"--bos {args.bos}: {source.files}/config.json has no bos_token_id")
+    if args.bos == "document":  # one token more to read, which nothing predicts
+        documents = [np.concatenate([[bos], tokens]) for tokens in documents]
+    check_windows(documents, args.windows, args.stride)
+    warn_about_windows(source.config, names, documents, args.windows)
+    mesh = sharding.make_mesh(MeshConfig())
+    compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
+    partial = f"{args.output}.partial" if args.output else ""
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
+        model = source.load(compute, mesh)
+        results = evaluate_model(
+            model,
+            mesh,
+            names,
+            documents,
+            args.windows,
+            args.stride,
+            bos if args.bos == "window" else None,
+            args.edges,
+            partial,
+        )
+    log.info(
+        f"{args.model}: {source.config.rope}, {len(documents)} documents, BOS: {args.bos}, "
+        f"stride {args.stride}, {args.dtype}; perplexity by position in the document"
+    )
+    log.info(table(results))
+    report = {
+        "command": "perplexity",
+        "model": args.model,
+        "rope": f"{source.config.rope}",
+        "model_window": source.config.max_position_embeddings,
+        "original_window": source.config.original_window,
+        "protocol": {
+            "bos": args.bos,
+            "stride": args.stride,
+            "average": "perplexity: tokens; window_mean_perplexity: windows (YaRN)",
+            "dtype": args.dtype,
+            "max_tokens": args.max_tokens,
+        },
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "results": results,
+    }
+    if args.output and jax.process_index() == 0:
+        cli.write_json(args.output, report)
+        pathlib.Path(partial).unlink(missing_ok=True)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: perplexity(tyro.cli(Perplexity, prog="python -m pi_jax.evaluate perplexity", args=argv)))

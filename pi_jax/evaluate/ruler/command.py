@@ -1,0 +1,131 @@
+"""RULER (Hsieh et al. 2024): up to which length does a model do more than find one key? See `ruler_tasks`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from pi_jax import cli
+from pi_jax.errors import InputError
+from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
+from pi_jax.evaluate.ruler.tasks import TASKS, THRESHOLD, make_samples, score
+
+
+@dataclasses.dataclass(frozen=True)
+class Ruler(ModelOptions):
+    """The synthetic tasks of RULER that need no download."""
+
+    lengths: tuple[int, ...] = (4096, 8192)
+    """Tokens of a prompt and its answer."""
+    tasks: tuple[str, ...] = ()
+    """Empty: all, or those without essays where none are given."""
+    samples: int = 100
+    """Prompts for each task and length; the published figures take 500."""
+    essays: tuple[str, ...] = ()
+    """Text files, folders or globs for the haystack of the tasks that hide needles in essays."""
+    seed: int = 0
+    """Of the prompts."""
+
+
+def _check(args: Ruler) -> None:
+    if args.samples < 1:
+        raise InputError(f"samples is {args.samples}: it must be at least 1")
+    for name in args.tasks:
+        if name not in TASKS:
+            raise InputError(f"task {name!r} is not known: choose from {', '.join(TASKS)}")
+        if TASKS[name].essays and not args.essays:
+            raise InputError(f"task {name} hides its needles in essays: give text files by --essays")
+
+
+def ruler(args: Ruler) -> dict[str, Any]:
+    """Runs the command; returns what it prints as a dictionary."""
+    _check(args)
+    essays = _read(args.essays)
+    tasks = args.tasks or tuple(name for name, task in TASKS.items() if essays or not task.essays)
+    lengths = sorted(set(args.lengths))
+    generator, tokenizer, config = open_generator(args, lengths[-1])
+    tokenizer.backend_tokenizer.no_truncation()
+
+    def tokenize(text: str) -> list[int]:
+        return list(tokenizer.backend_tokenizer.encode(text).ids)
+
+    samples = {(n, t): make_samples(t, args.samples, n, tokenize, essays, args.seed) for n in lengths for t in tasks}
+    results, shown = [], []
+    for length in lengths:
+        scores = {}
+        for task in tasks:
+            made = samples[length, task]
+            texts = answer(
+                generator,
+                tokenizer,
+                [tokens for tokens, _ in made],
+                TASKS[task].new_tokens,
+                batch_tokens=args.batch_tokens,
+                what=f"{task} {length}",
+            )
+            scores[task] = float(np.mean([score(t, s.answers) for t, (_, s) in zip(texts, made, strict=True)]))
+            shown.append({"length": length, "task": task, "answer": texts[0], "right": list(made[0][1].answers)})
+        results.append({"length": length, "average": float(np.mean(list(scores.values()))), "tasks": scores})
+    report = {
+        "command": "ruler",
+        "model": args.model,
+        "rope": f"{config.rope}",
+        "model_window": config.max_position_embeddings,
+        "protocol": {
+            "tasks": list(tasks),
+            "samples": args.samples,
+            "decoding": "greedy",
+            "threshold": THRESHOLD,
+            "essays": list(args.essays),
+            "seed": args.seed,
+            "dtype": args.dtype,
+        },
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "effective_length": effective_length(results),
+        "results": results,
+        "first_answers": shown,
+    }
+    print(f"{args.model}: {config.rope}, {args.samples} samples a task and length, {args.dtype}; score, 0 to 100")
+    print(table(report))
+    if args.output:
+        cli.write_json(args.output, report)
+    return report
+
+
+def effective_length(results: Sequence[dict[str, Any]]) -> int:
+    """The largest length such that it and all shorter ones reach the threshold on average; 0 if none does."""
+    largest = 0
+    for row in sorted(results, key=lambda r: r["length"]):
+        if row["average"] < THRESHOLD:
+            break
+        largest = row["length"]
+    return largest
+
+
+def table(report: dict[str, Any]) -> str:
+    """The result for people: a row a task, a column a length."""
+    results = report["results"]
+    rows = [[name, *(f"{r['tasks'][name]:.1f}" for r in results)] for name in results[0]["tasks"]]
+    rows.append(["average", *(f"{r['average']:.1f}" for r in results)])
+    head = ["task", *(str(r["length"]) for r in results)]
+    lines = [f"{name:16}" + "".join(x.rjust(9) for x in values) for name, *values in [head, *rows]]
+    return "\n".join([*lines, f"effective length (average of at least {THRESHOLD}): {report['effective_length']}"])
+
+
+def _read(paths: Sequence[str]) -> str:
+    from pi_jax.data import documents
+
+    if not paths:
+        return ""
+    text = " ".join(d.text for d in documents.read_documents(paths, "text"))
+    if not text.split():
+        raise InputError(f"--essays {', '.join(paths)}: there is no text in it")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: ruler(tyro.cli(Ruler, prog="python -m pi_jax.evaluate ruler", args=argv)))

@@ -1,0 +1,143 @@
+"""The one attention function: checks its arguments, picks a backend, never ignores an argument."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pi_jax.errors import InputError
+from pi_jax.model.attention import chunked, cudnn, device, pallas_triton, reference, splash
+from pi_jax.model.attention.mask import Mask
+
+
+class Backend(NamedTuple):
+    """One implementation: of `attend(q, k, v, mask, scale) -> (out, lse)`, and what it cannot do."""
+
+    attend: Callable
+    refuses: Callable = lambda q, k, mask, return_lse: None
+    """(q, k, mask, return_lse) -> the reason in words, or None: nothing that was asked for is ever left out."""
+
+
+IMPLEMENTATIONS = {
+    "reference": Backend(reference.reference_attention),
+    "chunked": Backend(chunked.chunked_attention),
+    "pallas_triton": Backend(pallas_triton.pallas_triton_attention, pallas_triton.refuses),
+    "splash": Backend(splash.splash_attention, splash.refuses),
+    "cudnn": Backend(cudnn.cudnn_attention, cudnn.refuses),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _preferred() -> tuple[str, ...]:
+    """What "auto" tries, in this order: the last honours every argument on every platform."""
+    match device.platform():
+        case "tpu":
+            return "splash", "chunked"
+        case "gpu" if device.compute_capability() >= (9, 0):
+            return "cudnn", "pallas_triton", "chunked"  # Triton cannot use all that Hopper has
+        case "gpu":
+            return "pallas_triton", "chunked"
+        case _:
+            return ("chunked",)
+
+
+def attention(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B S"] | tuple[Int[Array, "B S"], Int[Array, "B T"]] | None = None,
+    q_positions: Int[Array, "B S"] | None = None,
+    kv_positions: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+    return_lse: bool = False,
+):
+    """Softmax attention, causal by position and isolated by segment, with grouped K/V heads.
+
+    Query i sees key j if kv_positions[j] <= q_positions[i] and both have the same segment id. Positions here are the
+    *order* of tokens in a row, not RoPE's positions, which may restart in each document or skip ahead. A query that
+    sees no key gets a zero output (and lse = -inf), never NaN. Softmax is float32.
+
+    Args:
+      q_BSNH: queries; N is a multiple of K, and heads n*N/K .. share K/V head n.
+      k_BTKH: keys.
+      v_BTKH: values.
+      segment_ids: document of each token, any integers; a pair (queries', keys') where the two differ; None: all one.
+      q_positions: order of the queries; None: 0 .. S-1.
+      kv_positions: order of the keys; None: 0 .. T-1. With `q_positions`, a shard of the queries can meet all keys.
+      scale: factor of the scores, greater than 0; None: 1 / sqrt(H).
+      implementation: a name in `IMPLEMENTATIONS`, or "auto": the first on this platform that can do what is asked.
+      return_lse: also return the log of the softmax's denominator, float32 [B, S, N], differentiable: what is needed
+        to merge attention over parts of the keys.
+
+    Returns:
+      [B, S, N, H] in the dtype of `q_BSNH`; with `return_lse`, that and lse.
+
+    Raises:
+      ValueError: naming the argument, its value and what would be right; also if the implementation asked for cannot
+        honour one of the arguments.
+    """
+    _check(q_BSNH, k_BTKH, v_BTKH)
+    batch, q_len, _, head_dim = q_BSNH.shape
+    kv_len = k_BTKH.shape[1]
+    if not isinstance(segment_ids, tuple):
+        if segment_ids is not None and q_len != kv_len:
+            raise ValueError(f"segment_ids is one array but there are {q_len} queries and {kv_len} keys: give a pair")
+        segment_ids = (segment_ids, segment_ids)
+    q_segments, kv_segments = segment_ids
+    mask = Mask(
+        _rows("q_positions", q_positions, batch, q_len, jnp.arange),
+        _rows("segment_ids", q_segments, batch, q_len, jnp.zeros),
+        _rows("kv_positions", kv_positions, batch, kv_len, jnp.arange),
+        _rows("segment_ids", kv_segments, batch, kv_len, jnp.zeros),
+        in_order=q_positions is None and kv_positions is None,
+        one_document=q_segments is None and kv_segments is None,
+    )
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale is {scale}: it must be a finite number greater than 0")
+    name = _choose(implementation, q_BSNH, k_BTKH, mask, return_lse)
+    with jax.named_scope(f"attention_{name}"):
+        out, lse = IMPLEMENTATIONS[name].attend(q_BSNH, k_BTKH, v_BTKH, mask, scale)
+    return (out, lse) if return_lse else out
+
+
+def _choose(implementation: str, q, k, mask: Mask, return_lse: bool) -> str:
+    if implementation == "auto":
+        return next(n for n in _preferred() if IMPLEMENTATIONS[n].refuses(q, k, mask, return_lse) is None)
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"implementation is {implementation!r}: it must be one of {known}")
+    if reason := IMPLEMENTATIONS[implementation].refuses(q, k, mask, return_lse):
+        raise InputError(f"implementation is {implementation!r}, which {reason}: choose another, or 'auto'")
+    return implementation
+
+
+def _check(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {x.shape}: it must have 4 dimensions [batch, tokens, heads, head size]")
+        if x.dtype.name not in _DTYPES:
+            raise ValueError(f"{name} is {x.dtype.name}: it must be one of {', '.join(_DTYPES)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype.name} but q is {q.dtype.name}: they must be of one dtype")
+    if k.shape != v.shape:
+        raise ValueError(f"v has shape {v.shape} but k has {k.shape}: they must be the same")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"k has shape {k.shape} but q has {q.shape}: batch and head size must be the same")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads: they must divide the {q.shape[2]} heads of q")
+
+
+def _rows(name: str, x, batch: int, length: int, default):
+    if x is None:
+        return jnp.broadcast_to(default(length).astype(jnp.int32), (batch, length))
+    if x.shape != (batch, length):
+        raise ValueError(f"{name} has shape {x.shape}: it must be {(batch, length)}")
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} is {x.dtype.name}: it must be an integer array")
+    return x.astype(jnp.int32)

@@ -1,0 +1,163 @@
+"""Next-token cross-entropy in chunks of the sequence: the logits of a whole long row never exist.
+
+At 32k tokens and a vocabulary of 128k the float32 logits are 16 GB. Here a scan computes a chunk's logits, reduces them
+and forgets them. When gradients are wanted they are computed in the same pass, while the logits are at hand: three
+matrix products instead of the four of recomputation. That is possible because the loss is a weighted sum whose weights
+are known beforehand, so all that flows back is one scalar (Hsu et al. 2024, "Liger Kernel", section 3.2).
+
+Shapes: B batch, S sequence, C chunks of Z tokens, D hidden, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pi_jax.model import Llama
+from pi_jax.parallel import sharding
+
+
+def score_tokens(
+    hidden_BSD: Float[Array, "B S D"],
+    weights_VD: Float[Array, "V D"],
+    targets_BS: Int[Array, "B S"],
+    chunk: int,
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """Losses and greedy hits of the targets [start, stop) of each row; for evaluation, not for gradients.
+
+    Logits are computed only for the chunks that this range touches; which ones is known at run time, so that one
+    compiled program serves every range.
+
+    Args:
+      hidden_BSD: final hidden states, each the one that predicts the target at its place; the sequence is not split.
+      weights_VD: output projection, in the dtype of the product; the softmax is float32.
+      targets_BS: the tokens predicted.
+      chunk: tokens of a row whose logits exist at one time.
+      start: first place scored.
+      stop: place after the last one scored.
+
+    Returns:
+      Negative log-probability (nats, float32) of each target, and whether it is the most probable token; 0 and False
+      in chunks outside the range.
+    """
+    local = functools.partial(_score_tokens, chunk)
+    return sharding.on_token_shards(local, hidden_BSD, weights_VD, targets_BS, start, stop, summed=False)
+
+
+def weighted_loss(
+    hidden_BSD: Float[Array, "B S D"],
+    weights_VD: Float[Array, "V D"],
+    targets_BS: Int[Array, "B S"],
+    loss_weights_BS: Float[Array, "B S"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Sum of the targets' losses times `loss_weights_BS` (float32), differentiable by hidden states and projection."""
+    local = functools.partial(_weighted_loss, chunk)
+    return sharding.on_token_shards(local, hidden_BSD, weights_VD, targets_BS, loss_weights_BS, summed=True)
+
+
+def _score_tokens(chunk, hidden_BSD, weights_VD, targets_BS, start, stop):
+    length = targets_BS.shape[1]
+    hidden_CBZD, targets_CBZ = _chunks(hidden_BSD, chunk), _chunks(targets_BS, chunk)
+    size = targets_CBZ.shape[2]
+
+    def one(c, scores):
+        logits_BZV = _logits(hidden_CBZD[c], weights_VD)
+        losses_BZ, _ = _negative_log_probability(logits_BZV, targets_CBZ[c])
+        picked_BZ = jnp.take_along_axis(logits_BZV, targets_CBZ[c][..., None], axis=-1)[..., 0]
+        greedy_BZ = picked_BZ >= jnp.max(logits_BZV, axis=-1)
+        return tuple(x.at[c].set(part) for x, part in zip(scores, (losses_BZ, greedy_BZ), strict=True))
+
+    nothing = (jnp.zeros(targets_CBZ.shape, jnp.float32), jnp.zeros(targets_CBZ.shape, bool))
+    scores = jax.lax.fori_loop(start // size, -(-stop // size), one, nothing)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(len(targets_BS), -1)[:, :length] for x in scores)
+
+
+def _token_losses(chunk, hidden_BSD, weights_VD, targets_BS):
+    def one(_, block):
+        hidden_BZD, targets_BZ = block
+        logits_BZV = _logits(hidden_BZD, weights_VD)
+        return None, _negative_log_probability(logits_BZV, targets_BZ)[0]
+
+    _, losses_CBZ = jax.lax.scan(one, None, (_chunks(hidden_BSD, chunk), _chunks(targets_BS, chunk)))
+    return jnp.moveaxis(losses_CBZ, 0, 1).reshape(len(targets_BS), -1)[:, : targets_BS.shape[1]]
+
+
+def _chunks(x, size):
+    """[B, S, ...] -> [C, B, Z, ...], padded with zeros."""
+    size = min(size, x.shape[1])
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _logits(hidden_BZD, weights_VD):
+    """Float32 out of the product itself: rounded to bfloat16, a logit of 20 would be off by up to 0.06."""
+    return jnp.einsum("BZD,VD->BZV", hidden_BZD, weights_VD, preferred_element_type=jnp.float32)
+
+
+def _negative_log_probability(logits_BZV, targets_BZ):
+    """The loss and the log of the softmax's denominator, [B, Z] both."""
+    lse_BZ = jax.nn.logsumexp(logits_BZV, axis=-1)
+    picked_BZ = jnp.take_along_axis(logits_BZV, targets_BZ[..., None], axis=-1)[..., 0]
+    return lse_BZ - picked_BZ, lse_BZ
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_loss(chunk, hidden_BSD, weights_VD, targets_BS, loss_weights_BS):
+    return jnp.sum(_token_losses(chunk, hidden_BSD, weights_VD, targets_BS) * loss_weights_BS)
+
+
+def _forward(chunk, hidden_BSD, weights_VD, targets_BS, loss_weights_BS):
+    dtype = hidden_BSD.dtype
+
+    def one(carry, block):
+        total, d_weights_DV = carry
+        hidden_BZD, targets_BZ, loss_weights_BZ = block
+        logits_BZV = _logits(hidden_BZD, weights_VD)
+        losses_BZ, lse_BZ = _negative_log_probability(logits_BZV, targets_BZ)
+        probabilities_BZV = jnp.exp(logits_BZV - lse_BZ[..., None])
+        hit_BZV = targets_BZ[..., None] == jnp.arange(logits_BZV.shape[-1])
+        d_logits_BZV = ((probabilities_BZV - hit_BZV) * loss_weights_BZ[..., None]).astype(dtype)
+        d_hidden_BZD = jnp.einsum("BZV,VD->BZD", d_logits_BZV, weights_VD)
+        d_weights_DV += jnp.einsum("BZD,BZV->DV", hidden_BZD, d_logits_BZV, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(losses_BZ * loss_weights_BZ), d_weights_DV), d_hidden_BZD
+
+    blocks = tuple(_chunks(x, chunk) for x in (hidden_BSD, targets_BS, loss_weights_BS))  # padding weighs 0
+    # Summed up transposed, (D, V): of the two factors the smaller one is then turned, not the logits' gradient.
+    start = (jnp.float32(0), jnp.zeros(weights_VD.shape[::-1], jnp.float32))
+    (total, d_weights_DV), d_hidden_CBZD = jax.lax.scan(one, start, blocks)
+    d_hidden_BSD = jnp.moveaxis(d_hidden_CBZD, 0, 1).reshape(len(targets_BS), -1, hidden_BSD.shape[-1])
+    return total, (d_hidden_BSD[:, : hidden_BSD.shape[1]], d_weights_DV.T.astype(weights_VD.dtype))
+
+
+def _backward(chunk, gradients, cotangent):
+    d_hidden_BSD, d_weights_VD = gradients
+    scale = cotangent.astype(d_hidden_BSD.dtype)
+    return d_hidden_BSD * scale, d_weights_VD * scale, None, None
+
+
+_weighted_loss.defvjp(_forward, _backward)
+
+
+def batch_loss(model: Llama, batch: dict[str, Array], total: Float[Array, ""] | None = None) -> Float[Array, ""]:
+    """Mean loss in nats over the tokens of a batch as `sharding.put_batch` lays it out, by `loss_weights`.
+
+    Args:
+      model: the model.
+      batch: `tokens`, `targets`, `positions`, maybe `segment_ids` (integers) and `loss_weights` (float32), each [B, S].
+      total: what the sum is divided by, where this is a part of a batch; None: the sum of the weights here.
+    """
+    hidden_BSD = model(batch["tokens"], batch["positions"], batch.get("segment_ids"), zigzag=True)
+    weights_BS = batch["loss_weights"]
+    with jax.named_scope("loss"):
+        chunk = model.compute.loss_chunk
+        summed = weighted_loss(hidden_BSD, model.output_weights(), batch["targets"], weights_BS, chunk)
+        return summed / (total_weight(batch) if total is None else total)
+
+
+def total_weight(batch: dict[str, Array]) -> Float[Array, ""]:
+    """Sum of the weights of a batch's targets, at least 1."""
+    return jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)

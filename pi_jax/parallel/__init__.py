@@ -1,0 +1,1 @@
+"""The device mesh, sharding rules, array placement, and start-up of several processes."""

@@ -1,0 +1,177 @@
+"""The mesh, and the only table that maps logical axes to mesh axes.
+
+Every dimension of every parameter and activation has a logical name. `ShardingRules` says over which axes of the mesh
+("data", "fsdp", "context", "tensor") it is split; all other modules speak of logical names only. The mesh is explicit
+(`jax.set_mesh`): a sharding is part of an array's type, and a mistake is an error while tracing.
+
+FSDP: parameters, gradients and optimizer state are split along `embed` over "fsdp", and over "context" besides, whose
+devices need the same weights. `gather` assembles a weight just before its use; its transpose splits the gradient again,
+so no device ever holds a whole model of either.
+
+Context parallelism: each device has a part of every row and gathers the keys and values of the whole row. Causality
+would give the last device most of the work, so a row is cut into two chunks a device and device i of n holds chunks i
+and 2n - 1 - i, "zigzag": all have the same number of keys to visit. `put_batch` lays rows out so.
+
+Outside a mesh all functions here do nothing, so a model runs on one device without a word about sharding.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pi_jax.config import MeshConfig
+from pi_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+LogicalAxes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical axis -> mesh axis or axes; None: never split."""
+
+    # Activations.
+    batch: tuple[str, ...] = ("data", "fsdp")
+    sequence: str | None = "context"
+    # Parameters; heads, mlp and vocab name the same dimensions of activations.
+    layers: str | None = None
+    embed: tuple[str, ...] | None = ("fsdp", "context")
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    head: str | None = None
+    norm: str | None = None
+    mlp: str | None = "tensor"
+    vocab: str | None = "tensor"
+
+    def spec(self, axes: LogicalAxes) -> PartitionSpec:
+        """The partition of an array whose dimensions have these logical names.
+
+        Raises:
+          ValueError: if two dimensions would be split over the same mesh axis.
+        """
+        parts = [None if axis is None else getattr(self, axis) for axis in axes]
+        used = [name for part in parts if part for name in _names(part)]
+        if len(used) != len(set(used)):
+            raise ValueError(f"axes {axes} map to {parts}: a mesh axis can split one dimension only")
+        return PartitionSpec(*parts)
+
+
+RULES = ShardingRules()
+GATHERED = dataclasses.replace(RULES, embed=None)
+"""Rules of a weight assembled for use: as stored, but whole along what FSDP splits."""
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """The mesh of all devices, or of those given; a size of -1 takes what the others leave.
+
+    Raises:
+      InputError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    rest = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % rest == 0:
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if math.prod(sizes) != len(devices):
+        given = ", ".join(f"{a}={getattr(config, a)}" for a in MESH_AXES)
+        raise InputError(f"mesh {given} does not fit {len(devices)} devices: the sizes must multiply to that number")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Explicit,) * 4, devices=devices)
+
+
+def for_generation(mesh: Mesh) -> Mesh:
+    """The same devices with those of the context axis given to rows: one new token has no sequence to split."""
+    sizes = dict(mesh.shape) | {"context": 1, "fsdp": mesh.shape["fsdp"] * mesh.shape["context"]}
+    # Parameters stay where they are.
+    return Mesh(mesh.devices.reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES.batch)
+
+
+def require_divisible(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
+    """Checks that dimensions divide over the mesh; `sizes` maps a field's name to (its size, logical axis).
+
+    Raises:
+      InputError: naming the field, its size and the shards it would be cut into.
+    """
+    for name, (size, axis) in sizes.items():
+        rule = getattr(RULES, axis) or ()
+        shards = math.prod(mesh.shape[a] for a in _names(rule))
+        if size % shards:
+            fitting = ", ".join(str(n) for n in range(1, min(size, jax.device_count(), 1024) + 1) if size % n == 0)
+            raise InputError(
+                f"{name} is {size}, which does not divide over {shards} devices ({axis} axis of the mesh): "
+                f"{fitting} would do"
+            )
+
+
+def in_mesh() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def named(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
+    """The sharding of a stored array with these logical axes."""
+    return NamedSharding(mesh, RULES.spec(axes))
+
+
+def gather(weight: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """A stored parameter made whole along its FSDP axis, for use on every device; the gradient is split again."""
+    return jax.reshard(weight, GATHERED.spec(axes)) if in_mesh() else weight
+
+
+def einsum(equation: str, *operands: jax.Array, axes: LogicalAxes, dtype=None) -> jax.Array:
+    """`jnp.einsum` whose result has the sharding of activations with these logical axes, and that dtype if given."""
+    out_sharding = GATHERED.spec(axes) if in_mesh() else None
+    return jnp.einsum(equation, *operands, preferred_element_type=dtype, out_sharding=out_sharding)
+
+
+def take(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+    """Rows of an embedding table for tokens."""
+    out = GATHERED.spec(("batch", "sequence", None)) if in_mesh() else None
+    return table_VD.at[tokens_BS].get(out_sharding=out)
+
+
+def gather_sequence(x_BS):
+    """An array of tokens with its sequence whole on every device, so that parts of it can be cut out."""
+    return jax.reshard(x_BS, GATHERED.spec(("batch",) + (None,) * (x_BS.ndim - 1))) if in_mesh() else x_BS
+
+
+def on_every_device(tree):
+    """Arrays made whole on every device, so that every process can read them."""
+    return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), tree) if in_mesh() else tree
+
+
+def on_rows_and_heads(function, *arrays, out: tuple[LogicalAxes, ...]):
+    """Calls `function(*arrays)` on each device's own rows and heads; `out` names the axes of its results."""
+    if not in_mesh():
+        return function(*arrays)
+    return jax.shard_map(function, out_specs=tuple(GATHERED.spec(axes) for axes in out), check_vma=False)(*arrays)
+
+
+def on_token_shards(function, hidden, weight, *arrays, summed: bool):
+    """Calls `function(hidden, weight, *arrays)` on each device's own tokens, with the whole weight.
+
+    `function` returns a value a token, or with `summed` one number, which is added up over all devices. So the gradient
+    of the weight is added up once, not once for each chunk of a loop inside the function.
+    """
+    if not in_mesh():
+        return function(hidden, weight, *arrays)
+    weight = jax.reshard(weight, PartitionSpec())
+    tokens = PartitionSpec(*jax.typeof(hidden).sharding.spec[:2])
+    if not summed:
+        return jax.shard_map(function, out_specs=tokens, check_vma=False)(hidden, weight, *arrays)
+    axes = tuple(name for part in tokens if part for name in _names(part))
+
+    def local(*shards):
+        return jax.lax.psum(function(*shards), axes)
+
+    return jax.shard_map(local, out_specs=PartitionSpec(), check_vma=False)(hidden, weight, *arrays)
+
+
+def _names(part) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else tuple(part)

@@ -1,0 +1,67 @@
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from pi_jax import cli, log
+from pi_jax.config import Config, extend, parse
+from pi_jax.errors import InputError
+from pi_jax.parallel import sharding
+from pi_jax.plan import topology
+from pi_jax.plan.memory import as_json, plan, report, search
+from pi_jax.train import loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compile the train step of an experiment for devices that are not here: memory, FLOPs, collectives.
+
+    `--config FILE` and every override are those of `pi_jax.train`. Exit status 1: it does not fit."""
+
+    topology: str
+    """KIND:COUNT, such as a100-80gb:32, h100:8, v5p:64 (chips)."""
+    search: bool = False
+    """Find the fewest devices of this kind, up to COUNT, and the most rows at a time that fit."""
+    output: Annotated[str, tyro.conf.arg(metavar="FILE.json")] = ""
+    """Also write the result there."""
+
+
+def run(arguments: Arguments, config: Config) -> bool:
+    """Prints the plan; whether it fits."""
+    cluster = topology.parse(arguments.topology)
+    if arguments.output:
+        cli.require_writable(arguments.output)
+    model = extend(config.model, config.rope) if config.model else loop.open_architecture(config)[0]
+    compute = config.compute
+    if compute.attention == "auto" and cluster.kind in ("h100", "h200") and not topology.has_cudnn():
+        log.info("cuDNN is not installed (pip install nvidia-cudnn-cu13): planned with attention pallas_triton")
+        config = dataclasses.replace(config, compute=dataclasses.replace(compute, attention="pallas_triton"))
+    if arguments.search:
+        tried = search(config, model, cluster)
+        found = [p for p in tried if p.fits]
+        result = found[-1] if found else tried[-1]
+    else:
+        mesh = sharding.make_mesh(config.mesh, cluster.devices())
+        tried = [result := plan(config, model, mesh, cluster.chip.memory, str(cluster))]
+    print(report(result, config, model))
+    if arguments.output:
+        cli.write_json(
+            arguments.output, as_json(result) | ({"tried": list(map(as_json, tried))} if arguments.search else {})
+        )
+    return result.fits
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments, rest = tyro.cli(Arguments, prog="python -m pi_jax.plan", args=argv, return_unknown_args=True)
+    if not rest:
+        raise InputError("--config is missing: name an experiment file, for example configs/7b_32k.py")
+    config, _ = parse(rest, command="plan")
+    if not run(arguments, config):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

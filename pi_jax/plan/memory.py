@@ -1,0 +1,289 @@
+"""Will it fit? The very train step, compiled for a cluster that is not here: `python -m pi_jax.plan --config FILE`.
+
+XLA's own compiler for the GPU or TPU lays out the memory of one device and says how much that takes; nothing is run and
+no device is needed (`pi_jax.topology`). Parameters, moments and gradients are counted from their shapes and partitions;
+the total is the compiler's.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pi_jax import log
+from pi_jax.config import Config, MeshConfig, ModelConfig
+from pi_jax.model import Llama, loss
+from pi_jax.model.attention import attention, sharded
+from pi_jax.parallel import sharding
+from pi_jax.parallel.chips import GIB
+from pi_jax.plan import hlo
+from pi_jax.plan.topology import Topology
+from pi_jax.train import abstract, metrics, step
+from pi_jax.train.optimizer import make_optimizer
+
+MARGIN = 0.92
+"""Of a device's memory that a step may take: the rest is the runtime's, NCCL's and fragmentation's. JAX itself takes
+only 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION=.92 is set."""
+MFU = (0.3, 0.5)
+"""Range of the model FLOP utilisation that the time of a step is estimated from; an assumption, not a measurement."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step takes of one device."""
+
+    topology: str
+    mesh: dict[str, int]
+    rows: int
+    """Rows that a device computes at a time (with others, where the sequence or the heads are split)."""
+    accumulation: int
+    attention: str
+    remat: str
+    peak: int
+    """Bytes, as the compiler lays them out."""
+    memory: int
+    """Bytes that the device has."""
+    parts: dict[str, int]
+    """Bytes by part: 'parameters', 'moments', 'gradients', 'kept activations', and what is left, 'working memory'."""
+    alone: dict[str, int]
+    """Bytes that the loss and one layer's attention take besides their inputs, forward and backward, each compiled
+    alone."""
+    host: int
+    """Bytes in the host's memory for one device: what is offloaded."""
+    flops: float
+    """Model FLOPs of a step, all devices; the formula stands in `pi_jax.metrics`."""
+    seconds: tuple[float, float]
+    """A step's duration at the MFU of `MFU`."""
+    collectives: dict[str, dict[str, int]] | None
+    """Kind -> {'count', 'bytes'} of a step on one device; None: the compiler's text could not be read."""
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """With the margin."""
+        return self.peak <= MARGIN * self.memory
+
+
+def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: int, name: str = "") -> Plan:
+    """Compiles the train step for a mesh, whose devices need not be here.
+
+    Args:
+      config: the experiment.
+      model: the architecture, extended.
+      mesh: what it runs on.
+      memory: bytes of one device.
+      name: of the topology.
+
+    Raises:
+      InputError: if the experiment does not fit the mesh's shape.
+    """
+    abstract.check_sizes(config, model, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    gpu = mesh.devices.flat[0].platform != "tpu"
+    with jax.set_mesh(mesh):
+        weights = abstract.abstract_model(model, config.compute, mesh)
+        state = abstract.abstract_state(weights, optimizer, mesh)
+        batch = abstract.abstract_batch(config.data, mesh)
+        before = time.monotonic()
+        compiled = _compile(step.make_step(optimizer), (state, batch), gpu)
+        seconds = time.monotonic() - before
+        alone = {
+            "loss": _besides_inputs(_compile(*_loss_alone(config, model, mesh, weights), gpu)),
+            "attention": _besides_inputs(_compile(*_attention_alone(config, model, mesh), gpu)),
+        }
+    stats = compiled.memory_analysis()
+    peak = _peak(stats)
+    parts = {
+        "parameters": _bytes(state.model),
+        "moments": 0 if config.optimizer.offload else _bytes(state.opt_state),
+        "gradients": _bytes(state.model),
+        "kept activations": _kept(config, model, mesh),
+    }
+    parts["working memory"] = max(0, peak - sum(parts.values()))
+    flops = config.data.batch_size * config.data.window * metrics.flops_per_token(model, config.data.window)
+    kind = mesh.devices.flat[0].device_kind
+    peak_flops = next((v for k, v in metrics.PEAK_TFLOPS.items() if k in kind), math.nan) * 1e12 * mesh.size
+    return Plan(
+        topology=name,
+        mesh=dict(mesh.shape),
+        rows=_rows(config, mesh),
+        accumulation=config.compute.accumulation,
+        attention=config.compute.attention,
+        remat=config.compute.remat,
+        peak=peak,
+        memory=memory,
+        parts=parts,
+        alone=alone,
+        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
+        flops=flops,
+        seconds=(flops / peak_flops / MFU[1], flops / peak_flops / MFU[0]),
+        collectives=_collectives(compiled),
+        compile_seconds=seconds,
+    )
+
+
+def _compile(function, arguments, gpu: bool):
+    platform = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0].platform
+    platform = "cuda" if platform == "gpu" else platform
+    # Without autotuning, which would need the device: another choice of a product's tiles takes other scratch memory.
+    options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None
+    # A step is compiled already, and gives its old state's memory to the new one: once more would undo that.
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return jitted.trace(*arguments).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+
+
+def _collectives(compiled) -> dict[str, dict[str, int]] | None:
+    try:
+        return hlo.collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:  # a libtpu newer than this jaxlib writes what jaxlib cannot read
+        return None
+
+
+def _peak(stats) -> int:
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return held + stats.temp_size_in_bytes
+
+
+def _besides_inputs(compiled) -> int:
+    stats = compiled.memory_analysis()
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes
+
+
+def _bytes(tree) -> int:
+    """On one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _rows(config: Config, mesh) -> int:
+    return config.data.batch_size // sharding.row_shards(mesh) // config.compute.accumulation
+
+
+def _kept(config: Config, model: ModelConfig, mesh) -> int:
+    """Bytes kept of all layers for the backward pass; 0 where that is not known beforehand or lies on the host."""
+    tokens = _rows(config, mesh) * config.data.window // mesh.shape["context"]
+    heads = model.num_attention_heads // mesh.shape["tensor"]
+    width = jnp.dtype(config.compute.dtype).itemsize
+    layer = {
+        "layer": model.hidden_size * width,
+        "attention": model.hidden_size * width + heads * (model.head_dim * width + 4),
+    }.get(config.compute.remat, 0)
+    return model.num_hidden_layers * tokens * layer
+
+
+def _loss_alone(config: Config, model: ModelConfig, mesh, weights: Llama):
+    rows = config.data.batch_size // config.compute.accumulation
+    place = sharding.named(mesh, ("batch", "sequence", None))
+    shape = (rows, config.data.window, model.hidden_size)
+    hidden = jax.ShapeDtypeStruct(shape, config.compute.dtype, sharding=place)
+    part = dataclasses.replace(config.data, batch_size=rows)
+    batch = abstract.abstract_batch(part, mesh)
+
+    table = weights.embedding if model.tie_word_embeddings else weights.head
+
+    def value(hidden_BSD, table, batch):
+        table_VD = sharding.gather(table[...].astype(config.compute.dtype), table.axes)
+        return loss.weighted_loss(
+            hidden_BSD, table_VD, batch["targets"], batch["loss_weights"], config.compute.loss_chunk
+        )
+
+    return jax.value_and_grad(value, argnums=(0, 1)), (hidden, table, batch)
+
+
+def _attention_alone(config: Config, model: ModelConfig, mesh):
+    rows = config.data.batch_size // config.compute.accumulation
+
+    def heads(name, number):
+        place = sharding.named(mesh, ("batch", "sequence", name, None))
+        shape = (rows, config.data.window, number, model.head_dim)
+        return jax.ShapeDtypeStruct(shape, config.compute.dtype, sharding=place)
+
+    q, k = heads("heads", model.num_attention_heads), heads("kv_heads", model.num_key_value_heads)
+    segments = abstract.abstract_batch(dataclasses.replace(config.data, batch_size=rows), mesh).get("segment_ids")
+    backend = functools.partial(attention, implementation=config.compute.attention)
+
+    def value(q, k, v, segments):
+        return jnp.sum(sharded.attend(backend, q, k, v, segments, zigzag=True).astype(jnp.float32))
+
+    return jax.grad(value, argnums=(0, 1, 2)), (q, k, k, segments)
+
+
+def search(config: Config, model: ModelConfig, largest: Topology) -> list[Plan]:
+    """The fewest devices of a kind on which one row at a time fits, and there the most rows at a time.
+
+    FSDP over as many devices as there are rows, the rest along the sequence.
+
+    Returns:
+      What was tried; the last that fits is the answer.
+    """
+    tried = []
+    counts = [n for n in (2**i for i in range(20)) if n <= largest.count and (largest.chip.gpu or n != 2)]
+    for count in counts:
+        rows = 1
+        while (attempt := _attempt(config, model, dataclasses.replace(largest, count=count), rows)) is not None:
+            tried.append(attempt)
+            log.info(_line(attempt))
+            if not attempt.fits:
+                break
+            rows *= 2
+        if any(p.fits for p in tried):
+            break
+    return tried
+
+
+def _attempt(config: Config, model: ModelConfig, cluster: Topology, rows: int) -> Plan | None:
+    fsdp = math.gcd(cluster.count, config.data.batch_size)
+    if config.data.batch_size % (fsdp * rows):
+        return None
+    mesh = MeshConfig(data=1, fsdp=fsdp, context=cluster.count // fsdp, tensor=1)
+    compute = dataclasses.replace(config.compute, accumulation=config.data.batch_size // (fsdp * rows))
+    config = dataclasses.replace(config, mesh=mesh, compute=compute)
+    return plan(config, model, sharding.make_mesh(mesh, cluster.devices()), cluster.chip.memory, str(cluster))
+
+
+def _line(p: Plan) -> str:
+    mesh = ", ".join(f"{k} {v}" for k, v in p.mesh.items() if v > 1) or "one device"
+    verdict = "fits" if p.fits else "does not fit"
+    return f"{p.topology} ({mesh}), {p.rows} rows x {p.accumulation}: {p.peak / GIB:.1f} GiB, {verdict}"
+
+
+def report(p: Plan, config: Config, model: ModelConfig) -> str:
+    """The plan in words."""
+    largest = max(p.parts, key=p.parts.get)
+    tokens = config.data.batch_size * config.data.window
+    lines = [
+        f"{p.topology}: {math.prod(p.mesh.values())} devices with {p.memory / GIB:.1f} GiB each, mesh {p.mesh}",
+        f"{model.num_parameters() / 1e9:.2f} B parameters, {config.data.batch_size} rows of {config.data.window} "
+        f"tokens a step; {p.rows} rows at a time on a device, {p.accumulation} times",
+        f"attention {p.attention}, remat {p.remat}; compiled in {p.compile_seconds:.0f} s",
+        "",
+        "Memory of one device, GiB:",
+        *(
+            f"  {name:<18}{size / GIB:8.2f}" + ("  <- most" if name == largest else "")
+            for name, size in p.parts.items()
+        ),
+        f"  {'peak':<18}{p.peak / GIB:8.2f}  of {p.memory / GIB:.1f}: "
+        + ("fits" if p.fits else f"does NOT fit: {(p.peak - MARGIN * p.memory) / GIB:.1f} GiB too much")
+        + f" (limit {MARGIN:.0%}, {MARGIN * p.memory / GIB:.1f})",
+        f"  The loss alone takes {p.alone['loss'] / GIB:.2f}, a layer's attention in {p.alone['attention'] / GIB:.2f}.",
+    ]
+    if p.host:
+        lines.append(f"  and {p.host / GIB:.1f} GiB of the host's memory for each device")
+    lines += [
+        "",
+        f"Model FLOPs of a step: {p.flops:.3e} = {tokens} tokens x (6 P + 6 L N H S)",
+        f"At an assumed MFU of {MFU[0]:.0%} to {MFU[1]:.0%}: {p.seconds[1]:.1f} to {p.seconds[0]:.1f} s a step, "
+        f"{p.seconds[1] * config.train.steps / 3600:.1f} to {p.seconds[0] * config.train.steps / 3600:.1f} h for "
+        f"{config.train.steps} steps",
+        "Collectives of a step, each device:" + ("" if p.collectives is not None else " not known for this compiler"),
+        *(f"  {k:<20}{v['count']:6}  {v['bytes'] / 1e9:8.1f} GB" for k, v in sorted((p.collectives or {}).items())),
+    ]
+    return "\n".join(lines)
+
+
+def as_json(p: Plan) -> dict[str, Any]:
+    """All fields, and whether it fits."""
+    return dataclasses.asdict(p) | {"fits": p.fits, "limit": MARGIN}

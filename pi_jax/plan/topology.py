@@ -1,0 +1,104 @@
+"""Clusters that are not here: topologies to compile for, by a name such as "h100:8" or "v5p:64".
+
+XLA compiles for a GPU it cannot ask if it is told what it would have asked (a `GpuTargetConfig`), and libtpu for any
+TPU by its name. Neither needs a driver or a device, only `pip install 'pi_jax[compilers]'`.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+
+from pi_jax.parallel.chips import CHIPS, GPU_TARGET, GPUS_PER_HOST, Chip
+
+# Read when the plug-ins are loaded.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+from jax.experimental import topologies
+
+from pi_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """So many devices of one kind."""
+
+    kind: str
+    """A key of `CHIPS`."""
+    count: int
+    """Devices: GPUs, or TPU chips (not cores)."""
+
+    @property
+    def chip(self) -> Chip:
+        """What one device is."""
+        return CHIPS[self.kind]
+
+    def __str__(self):
+        return f"{self.kind}:{self.count}"
+
+    def devices(self) -> list:
+        """Devices to compile for.
+
+        Raises:
+          InputError: if the compiler for them is not installed.
+        """
+        if self.chip.gpu:
+            _require_installed("jax_cuda13_plugin", "NVIDIA GPUs")
+            hosts = math.ceil(self.count / GPUS_PER_HOST)
+            shape = f"1x{hosts}x{self.count // hosts}"
+            return list(
+                topologies.get_topology_desc(
+                    platform="cuda",
+                    topology_name=shape,
+                    topology=shape,
+                    target_config=GPU_TARGET.format(**self.chip.gpu),
+                ).devices
+            )
+        _require_installed("libtpu", "TPUs")
+        if self.count == 1:  # no slice is smaller than a host
+            return Topology(self.kind, 4).devices()[:1]
+        shape = "x".join(map(str, self._torus()))
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{self.kind}:{shape}").devices)
+
+    def _torus(self) -> tuple[int, ...]:
+        """The most cubic shape of a slice; sides are powers of two."""
+        sides = [1] * self.chip.dimensions
+        for _ in range(self.count.bit_length() - 1):
+            sides[sides.index(min(sides))] *= 2
+        return tuple(sorted(sides, reverse=self.chip.dimensions == 3))
+
+
+def parse(text: str) -> Topology:
+    """'h100:8' as a topology.
+
+    Raises:
+      InputError: if there is no such device, or no such number of them.
+    """
+    kind, _, count = text.partition(":")
+    if kind not in CHIPS:
+        raise InputError(f"--topology {text}: there is no {kind!r}; write KIND:COUNT with one of {', '.join(CHIPS)}")
+    if not count.isdecimal() or not int(count):
+        raise InputError(f"--topology {text}: write {kind}:COUNT with the number of devices, for example {kind}:8")
+    number, chip = int(count), CHIPS[kind]
+    if chip.gpu and number > GPUS_PER_HOST and number % GPUS_PER_HOST:
+        raise InputError(f"--topology {text}: hosts have {GPUS_PER_HOST} GPUs, so more than that must be a multiple")
+    if not chip.gpu and (number & (number - 1) or number > chip.largest or number == 2):
+        raise InputError(
+            f"--topology {text}: slices of {kind} have 1, 4, 8, 16 ... {chip.largest} chips (chips, not cores)"
+        )
+    return Topology(kind, number)
+
+
+def _require_installed(module: str, what: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"the compiler for {what} is not installed: pip install 'pi_jax[compilers]'")
+
+
+def has_cudnn() -> bool:
+    """Whether attention by cuDNN can be compiled."""
+    try:
+        return importlib.util.find_spec("nvidia.cudnn") is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,1 @@
+"""The paper's bounds, checked and plotted, and a model's attention scores, measured."""

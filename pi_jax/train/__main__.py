@@ -1,0 +1,21 @@
+from collections.abc import Sequence
+
+from pi_jax import cli
+from pi_jax.config import parse
+from pi_jax.parallel import cluster
+from pi_jax.train.loop import train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+
+    def command():
+        config, base = parse(argv)
+        cluster.initialize()
+        train(config, base)
+
+    cli.run(command)
+
+
+if __name__ == "__main__":
+    main()

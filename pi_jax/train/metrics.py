@@ -1,0 +1,135 @@
+"""What a run reports: console, JSONL, TensorBoard, Weights & Biases; the FLOP formula and MFU.
+
+Model FLOPs of a trained token = 6 P + 6 L N H S: forward and backward (3x the forward) of 2 FLOPs a weight that is
+multiplied (P: all but the embedding look-up) and, causal, of the two attention products over half the window S.
+Recomputation does not count. MFU = FLOPs per second / (devices x peak of a device).
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from pi_jax.config import LoggingConfig, ModelConfig
+from pi_jax.errors import InputError
+
+# Dense bf16 peak of one device, TFLOP/s, from the makers' data sheets; the key is part of `device_kind`.
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6": 918.0,
+}
+
+
+def flops_per_token(model: ModelConfig, window: int) -> float:
+    """Model FLOPs of training on one token in a row of `window` tokens; the formula is in the module's docstring."""
+    multiplied = model.num_parameters()
+    if not model.tie_word_embeddings:
+        multiplied -= model.vocab_size * model.hidden_size
+    attention = model.num_hidden_layers * model.num_attention_heads * model.head_dim * window
+    return 6.0 * multiplied + 6.0 * attention
+
+
+def peak_flops(config: LoggingConfig) -> float | None:
+    """FLOP/s of all devices at their peak; None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    tflops = config.peak_tflops or next((v for k, v in PEAK_TFLOPS.items() if k in kind), 0.0)
+    return tflops * 1e12 * jax.device_count() or None
+
+
+class Metrics:
+    """Writes each record to all sinks, from process 0; a context manager."""
+
+    def __init__(self, folder: pathlib.Path, config: LoggingConfig, run_config: dict[str, Any], first_step: int):
+        self._sinks = []
+        if jax.process_index():
+            return
+        self._jsonl = _Jsonl(folder / "metrics.jsonl", first_step)
+        self._sinks.append(self._jsonl)
+        if config.tensorboard:
+            self._sinks.append(_TensorBoard(folder / "tensorboard", first_step))
+        if config.wandb_project:
+            self._sinks.append(_Wandb(folder, config.wandb_project, run_config))
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records values of a step."""
+        for sink in self._sinks:
+            sink.write(step, values)
+
+
+class _Jsonl:
+    def __init__(self, path: pathlib.Path, first_step: int):
+        # A resumed run writes its steps again: what an interrupted run logged beyond its checkpoint goes.
+        kept = []
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: pathlib.Path, project: str, run_config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("logging.wandb_project is set but wandb is not installed: pip install wandb") from None
+        self._run = wandb.init(project=project, dir=str(folder), name=folder.name, config=run_config, resume="allow")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def console_line(step: int, steps: int, values: dict[str, float], seconds_left: float) -> str:
+    """One line of progress for people."""
+    mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
+        f"lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tok/s  "
+        f"{values['tflops_per_second']:.3g} TFLOP/s{mfu}  {duration(seconds_left)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

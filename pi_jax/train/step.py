@@ -1,0 +1,67 @@
+"""One update of the model: its state, the compiled step, and the shapes and places of both without any arrays."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pi_jax.model import Llama
+from pi_jax.model.loss import batch_loss, total_weight
+from pi_jax.parallel import placement
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step."""
+
+    step: jax.Array
+    """Finished updates, int32."""
+    model: Llama
+    opt_state: optax.OptState
+
+
+StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_step(optimizer: optax.GradientTransformation) -> StepFn:
+    """The compiled update: (state, batch) -> (state, {'loss', 'grad_norm'}); it takes the old state's memory."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, gradients = _loss_and_gradients(state.model, batch)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
+        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        return TrainState(state.step + 1, model, opt_state), values
+
+    return step
+
+
+def _loss_and_gradients(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, Llama]:
+    """Of the mean over all tokens of the batch, whatever the number of parts it is computed in."""
+    parts = model.compute.accumulation
+    of_part = functools.partial(jax.value_and_grad(batch_loss), model, total=total_weight(batch))
+    if parts == 1:
+        return of_part(batch)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, of_part(part)), None
+
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, model))
+    return jax.lax.scan(add, nothing, placement.split_rows(batch, parts))[0]
+
+
+def first_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0; on an explicit mesh the optimizer's moments come out split like their parameters."""
+
+    @jax.jit
+    def rest(model):
+        return jnp.int32(0), optimizer.init(model)
+
+    step, opt_state = rest(model)
+    return TrainState(step, model, opt_state)
