@@ -78,7 +78,7 @@ def ours(args: Benchmark) -> dict:
     from pi_jax.convert.open import open_model
     from pi_jax.parallel import sharding
     from pi_jax.train.optimizer import make_optimizer
-    from pi_jax.train.step import first_state, make_step
+    from pi_jax.train.step import init_train_state, make_step
 
     tokens = _tokens(args)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -92,7 +92,7 @@ def ours(args: Benchmark) -> dict:
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-5, warmup_steps=0), 100)
     with jax.set_mesh(mesh):
         compute = ComputeConfig(dtype=args.dtype, remat=args.remat, loss_chunk=1024)
-        state = first_state(open_model(args.model).load(compute, mesh), optimizer)
+        state = init_train_state(open_model(args.model).load(compute, mesh), optimizer)
         update = make_step(optimizer)
 
         def one():

@@ -17,4 +17,4 @@ from pi_jax.config.recipes import llama
 
 def get_config() -> Config:
     # 16 rows a device, one at a time.
-    return dataclasses.replace(llama("llama-2-7b", window=32768), compute=ComputeConfig(accumulation=16))
+    return dataclasses.replace(llama("llama-2-7b", window=32768), compute=ComputeConfig(gradient_accumulation_steps=16))

@@ -20,5 +20,5 @@ def get_config() -> Config:
         config,
         mesh=MeshConfig(context=8),
         data=dataclasses.replace(config.data, batch_size=32),
-        compute=dataclasses.replace(config.compute, accumulation=8),
+        compute=dataclasses.replace(config.compute, gradient_accumulation_steps=8),
     )

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     """`pi-jax COMMAND ...`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        importlib.import_module(f"pi_jax.{argv[0]}.__main__").main(argv[1:])
+        module = "pi_jax.prepare" if argv[0] == "prepare" else f"pi_jax.{argv[0]}.__main__"
+        importlib.import_module(module).main(argv[1:])
         return
     print("usage: pi-jax COMMAND [--help]\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
     if argv and argv[0] not in ("-h", "--help"):

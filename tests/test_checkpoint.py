@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi_jax.checkpoint import Checkpoints, fingerprint
+from pi_jax.checkpoint import Checkpoints
+from pi_jax.checkpoint.fingerprint import fingerprint
 from pi_jax.config import CheckpointConfig, MeshConfig
 from pi_jax.errors import InputError
 from pi_jax.parallel import sharding

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from pi_jax.config import BUILTIN, ModelConfig, RopeConfig, cli, extend, smoke
-from pi_jax.config import schema as configs
+from pi_jax import config as configs
+from pi_jax.config import BUILTIN, ModelConfig, RopeConfig, extend, smoke
 from pi_jax.errors import InputError
 from pi_jax.rope import Default, Linear
 from pi_jax.tiny import tiny_model_config
@@ -17,8 +17,8 @@ TINY = str(next(f for f in FILES if f.name == "tiny.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
 def test_every_config_loads_and_shrinks(file):
-    config = cli.load_config(str(file))
-    small = smoke.smoke(config)
+    config = configs.load_config(str(file))
+    small = smoke(config)
     assert small.rope == config.rope and small.data.packing == config.data.packing
     assert small.data.sources == (BUILTIN,)
     if config.train.init_from:
@@ -35,7 +35,7 @@ def test_overrides_reach_their_fields_and_are_reported():
     )
     assert config.optimizer.learning_rate == 1e-5
     assert config.data.sources == ("a@2", "b") and config.data.segment_masking
-    text = cli.describe(config, base)
+    text = configs.describe(config, base)
     changed = text.split("Config:")[0]
     assert "optimizer.learning_rate = 1e-05  (was 0.003)" in changed and "train.steps" not in changed
     assert f"train.steps = {base.train.steps}" in text
@@ -90,7 +90,7 @@ def test_a_bad_config_file_is_one_sentence(name, content, message, tmp_path):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message) as error:
-        cli.load_config(str(path))
+        configs.load_config(str(path))
     assert name in str(error.value) and "\n" not in str(error.value)
 
 

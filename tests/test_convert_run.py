@@ -11,7 +11,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from pi_jax import tiny, trees
-from pi_jax.checkpoint import Checkpoints, fingerprint, manager
+from pi_jax.checkpoint import Checkpoints, manager
+from pi_jax.checkpoint.fingerprint import fingerprint
 from pi_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
 from pi_jax.convert import __main__ as command
 from pi_jax.convert import param_mapping

@@ -116,7 +116,7 @@ def test_every_mesh_gives_the_same_and_splits_the_cache(sizes, models, mesh, mon
     with jax.set_mesh(wide):
         from pi_jax.model import parameter_axes
 
-        model = placement.put_tree(wide, jax.tree.map(np.asarray, models["linear"]), parameter_axes(models["linear"]))
+        model = placement.put_params(wide, jax.tree.map(np.asarray, models["linear"]), parameter_axes(models["linear"]))
     generator = Generator(model, wide, max_length=128, chunk=16)
     drawn = generator(PROMPTS, 4, temperature=1.0, top_p=0.9)
     assert drawn == Generator(models["linear"], mesh, max_length=128, chunk=16)(PROMPTS, 4, temperature=1.0, top_p=0.9)
@@ -157,7 +157,7 @@ def test_draws_depend_on_the_seed_and_follow_the_distribution(models, mesh):
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     p = np.array([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]])
     for top_p, kept in ((0.65, [[1, 3], [0]]), (0.71, [[1, 2, 3], [0]]), (1.0, [[0, 1, 2, 3], [0, 1, 2, 3]])):
-        found = sampling.keep_likeliest(jnp.log(p), jnp.float32(top_p))
+        found = sampling.top_p_filter(jnp.log(p), jnp.float32(top_p))
         assert [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(found)] == kept
 
 
@@ -166,13 +166,13 @@ def test_a_prompt_is_read_in_chunks_without_its_logits(models, mesh):
     config = models["default"].config
     generator = Generator(models["default"], mesh, max_length=600, chunk=64)
     shapes = []
-    original = rope.phases
+    original = rope.cos_sin
     try:
-        rope.phases = lambda positions, *a: shapes.append(positions.shape) or original(positions, *a)
+        rope.cos_sin = lambda positions, *a: shapes.append(positions.shape) or original(positions, *a)
         generator._embed.clear_cache()
         generator([list(np.arange(300) % config.vocab_size)], 2)
     finally:
-        rope.phases = original
+        rope.cos_sin = original
         generator._embed.clear_cache()
     assert set(shapes) <= {(1, 64), (1, 1)} and (1, 64) in shapes
 

@@ -42,6 +42,6 @@ def test_weight_decay_is_off_by_default_and_never_touches_norms():
 
 def test_clipping_bounds_the_gradient_and_moments_move():
     # The first moment after one step is (1 - b1) times the clipped gradient, of norm 1 in all.
-    _, _, state = _update(OptimizerConfig(clip_norm=1.0), 100.0)
+    _, _, state = _update(OptimizerConfig(max_grad_norm=1.0), 100.0)
     moments = [x for name, x in state.items() if ".mu." in name]
     np.testing.assert_allclose(sum(float(jnp.sum(m * m)) for m in moments) ** 0.5, 0.1, rtol=1e-4)

@@ -20,7 +20,7 @@ from pi_jax import rope
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig, extend
 from pi_jax.convert.formats import hf
 from pi_jax.errors import InputError
-from pi_jax.parallel.placement import put_same
+from pi_jax.parallel.placement import put_global
 from pi_jax.parallel.sharding import make_mesh
 from pi_jax.tiny import tiny_model_config
 
@@ -90,7 +90,7 @@ def test_equals_transformers(name, head_dim, factor):
     else:
         np.testing.assert_array_equal(beyond, theirs.inv_freq)
         tolerance = np.full(head_dim // 2, 1e-5)  # cos and sin of the same angle
-    ours_cos, ours_sin = rope.phases(positions, head_dim, ours)
+    ours_cos, ours_sin = rope.cos_sin(positions, head_dim, ours)
     assert (np.abs(ours_cos - cos[..., : head_dim // 2].numpy()) <= tolerance).all()
     assert (np.abs(ours_sin - sin[..., : head_dim // 2].numpy()) <= tolerance).all()
 
@@ -218,11 +218,11 @@ def test_logits_equal_transformers(name, tied, tmp_path):
 @pytest.mark.parametrize("factor", [2.0, 16.0])
 def test_interpolated_phases_are_plain_ones_at_the_original_position(factor):
     positions = jnp.arange(2048)[None]
-    longer = rope.phases(positions * factor, 128, rope.Linear(10000.0, factor))
-    for ours, plain in zip(longer, rope.phases(positions, 128, rope.Default()), strict=True):
+    longer = rope.cos_sin(positions * factor, 128, rope.Linear(10000.0, factor))
+    for ours, plain in zip(longer, rope.cos_sin(positions, 128, rope.Default()), strict=True):
         np.testing.assert_array_equal(ours, plain)
-    fractions = rope.phases(jnp.arange(2048)[None] / factor, 128, rope.Default())
-    for ours, linear in zip(fractions, rope.phases(positions, 128, rope.Linear(10000.0, factor)), strict=True):
+    fractions = rope.cos_sin(jnp.arange(2048)[None] / factor, 128, rope.Default())
+    for ours, linear in zip(fractions, rope.cos_sin(positions, 128, rope.Linear(10000.0, factor)), strict=True):
         np.testing.assert_allclose(ours, linear, atol=2e-4)
 
 
@@ -243,7 +243,7 @@ def test_phases_in_float32_are_exact_enough_and_in_bfloat16_are_not():
     for head_dim in (64, 96, 128):
         scaling = rope.Linear(10000.0, 16.0)
         inv_freq = scaling.inverse_frequencies(head_dim)
-        cos, sin = rope.phases(jnp.array([[131071]]), head_dim, scaling)
+        cos, sin = rope.cos_sin(jnp.array([[131071]]), head_dim, scaling)
         angles = np.arctan2(np.asarray(sin, np.float64), np.asarray(cos, np.float64))[0, 0]
         # Position times frequency in float64: within 2e-4, where half a unit in the last place of the largest angle is
         # 2.4e-4. With float64 frequencies, too, the last bit of transformers' float32 ones comes on top.
@@ -258,24 +258,24 @@ def test_phases_in_float32_are_exact_enough_and_in_bfloat16_are_not():
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_length_is_an_argument_and_compiles_once(name):
     scaling = rope.from_hf(_config(name, 16))
-    compiled = jax.jit(lambda positions: rope.phases(positions, 16, scaling))
+    compiled = jax.jit(lambda positions: rope.cos_sin(positions, 16, scaling))
     row = np.arange(8)[None]
     within, beyond = compiled(row), compiled(row + 100)
     assert compiled._cache_size() == 1
-    plain = rope.phases(row, 16, scaling, length=ORIGINAL)
+    plain = rope.cos_sin(row, 16, scaling, length=ORIGINAL)
     np.testing.assert_allclose(within[0], plain[0], atol=1e-6)
-    assert np.abs(np.asarray(rope.phases(row + 100, 16, scaling, length=ORIGINAL)[0]) - beyond[0]).max() > 0.1
+    assert np.abs(np.asarray(rope.cos_sin(row + 100, 16, scaling, length=ORIGINAL)[0]) - beyond[0]).max() > 0.1
 
 
 def test_length_is_that_of_the_whole_batch_on_every_device():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=2))
     scaling = rope.from_hf(_config("dynamic", 16))
     positions = np.arange(4 * 64, dtype=np.int32).reshape(4, 64)
-    expected = rope.phases(positions, 16, scaling)
+    expected = rope.cos_sin(positions, 16, scaling)
     with jax.set_mesh(mesh):
-        batch = put_same(mesh, {"positions": positions})
+        batch = put_global(mesh, {"positions": positions})
         for ours, whole in zip(
-            jax.jit(rope.phases, static_argnums=(1, 2))(*batch.values(), 16, scaling), expected, strict=True
+            jax.jit(rope.cos_sin, static_argnums=(1, 2))(*batch.values(), 16, scaling), expected, strict=True
         ):
             np.testing.assert_allclose(ours, whole, atol=1e-4)
 
@@ -288,9 +288,9 @@ def test_cached_keys_keep_the_phases_they_came_with(name):
     prompt, step = np.arange(ORIGINAL)[None], np.array([[ORIGINAL + 40]])
     for positions in (prompt, step):
         expected = theirs(torch.zeros(1), torch.tensor(positions))[0][..., :8]
-        np.testing.assert_allclose(rope.phases(positions, 16, scaling)[0], expected, atol=1e-4)
-    at_once = rope.phases(np.concatenate([prompt, step], axis=1), 16, scaling)[0][:, :ORIGINAL]
-    assert np.abs(at_once - rope.phases(prompt, 16, scaling)[0]).max() > 0.1
+        np.testing.assert_allclose(rope.cos_sin(positions, 16, scaling)[0], expected, atol=1e-4)
+    at_once = rope.cos_sin(np.concatenate([prompt, step], axis=1), 16, scaling)[0][:, :ORIGINAL]
+    assert np.abs(at_once - rope.cos_sin(prompt, 16, scaling)[0]).max() > 0.1
 
 
 # --- Bad configs, and stacking

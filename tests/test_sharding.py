@@ -49,7 +49,7 @@ def _run(mesh, steps=2, packed=True, moments=None, **compute):
         template = abstract(model_config, compute)
         shardings = placement.shard_tree(mesh, template, parameter_axes(template))
         make = jax.jit(functools.partial(Llama, model_config, compute), out_shardings=shardings)
-        state = step.first_state(make(jax.random.key(0)), optimizer)
+        state = step.init_train_state(make(jax.random.key(0)), optimizer)
         update = step.make_step(optimizer)
         values = []
         for index in range(steps):
@@ -91,8 +91,8 @@ def test_every_combination_trains_as_one_device(mesh, remat):
     number, config = mesh
     mesh = sharding.make_mesh(config)
     index = number + ("none", "layer", "attention", "offload").index(remat)
-    packed, parts = bool(index % 2), 4 if index % 4 > 1 and sharding.row_shards(mesh) <= 2 else 1
-    _require_equal(_run(mesh, packed=packed, remat=remat, accumulation=parts), packed)
+    packed, parts = bool(index % 2), 4 if index % 4 > 1 and sharding.batch_shards(mesh) <= 2 else 1
+    _require_equal(_run(mesh, packed=packed, remat=remat, gradient_accumulation_steps=parts), packed)
 
 
 def test_rows_in_a_wrong_order_are_noticed(monkeypatch):

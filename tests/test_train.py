@@ -310,7 +310,7 @@ def test_resuming_with_other_data_or_model_is_refused(config):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
-    config = _with(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0})
+    config = _with(config, optimizer={"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0})
     with pytest.raises(FloatingPointError):
         loop.train(config, config)
 

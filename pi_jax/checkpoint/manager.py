@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from pi_jax import trees
 from pi_jax.checkpoint.fingerprint import fingerprint
 from pi_jax.checkpoint.layerwise import Weights
-from pi_jax.checkpoint.storage import absolute, storage_context
+from pi_jax.checkpoint.storage import absolute, root_cause, storage_context
 from pi_jax.config import CheckpointConfig
 from pi_jax.errors import InputError
 

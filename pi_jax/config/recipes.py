@@ -64,7 +64,7 @@ def llama(name: str, window: int, interpolate: bool = True) -> Config:
         model=model,
         rope=RopeConfig("linear", window / model.max_position_embeddings) if interpolate else RopeConfig(),
         # One row at a time on each of the paper's devices.
-        compute=ComputeConfig(accumulation=2 if small else 1),
+        compute=ComputeConfig(gradient_accumulation_steps=2 if small else 1),
         data=DataConfig(
             sources=("data/long" if window > 32768 else "data/pile",), window=window, batch_size=64 if small else 128
         ),

@@ -103,7 +103,7 @@ class ComputeConfig:
     remat: Literal["none", "layer", "attention", "offload"] = "layer"
     """What is kept for the backward pass: everything; a layer's input; that and what attention gives, so that it is not
     computed twice (not with cuDNN); or a layer's input in the host's memory (docs/parallelism.md)."""
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     """Parts in which the rows of a batch are computed, one after the other; the gradient is that of the whole."""
     attention: Literal["auto", "reference", "chunked", "pallas_triton", "splash", "cudnn"] = "auto"
     """Backend: see docs/attention.md; "auto" takes the best that this device and the packing allow."""
@@ -112,7 +112,7 @@ class ComputeConfig:
 
     def __post_init__(self):
         require_types("compute", self)
-        require_positive("compute", self, "loss_chunk", "accumulation")
+        require_positive("compute", self, "loss_chunk", "gradient_accumulation_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ class OptimizerConfig:
     """Ours."""
     weight_decay: float = 0.0
     """Never applied to norms."""
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     """Global gradient norm (ours); 0 turns clipping off."""
     moment_dtype: DType = "float32"
     """Of the two moments as they are stored; they are computed in float32."""
@@ -186,7 +186,7 @@ class OptimizerConfig:
     def __post_init__(self):
         require_types("optimizer", self)
         require_positive("optimizer", self, "learning_rate", "eps")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name} is {value}: it must be 0 or more")
         for name in ("warmup_start", "b1", "b2"):

@@ -20,7 +20,7 @@ BATCH_TOKENS = 32768
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
+class EvaluationOptions:
     """Which model answers, and how it is computed."""
 
     model: str
@@ -37,7 +37,7 @@ class ModelOptions:
     """Also write the result to this JSON file."""
 
 
-def open_generator(options: ModelOptions, longest: int) -> tuple[Generator, Any, ModelConfig]:
+def open_generator(options: EvaluationOptions, longest: int) -> tuple[Generator, Any, ModelConfig]:
     """The generator for prompts and answers of up to `longest` tokens, the tokenizer, the architecture.
 
     Raises:
@@ -77,8 +77,8 @@ def answer(
 ) -> list[str]:
     """Answers, as text, in the order of the prompts, greedy by default; a bar on stderr says how far it is."""
     longest = max(len(p) for p in prompts) + new_tokens
-    rows = max(1, batch_tokens // longest // generator.row_shards) * generator.row_shards
-    rows = min(rows, -(-len(prompts) // generator.row_shards) * generator.row_shards)
+    rows = max(1, batch_tokens // longest // generator.batch_shards) * generator.batch_shards
+    rows = min(rows, -(-len(prompts) // generator.batch_shards) * generator.batch_shards)
     stops = stop_tokens(generator.config, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from pi_jax import cli, log
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.errors import InputError
-from pi_jax.evaluate.loglikelihood import rows_at_a_time, score_rows
+from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.generate import Generator, warn_beyond_window
 from pi_jax.model import Llama
 from pi_jax.parallel import sharding
@@ -113,7 +113,7 @@ class HarnessModel(TemplateLM):
                         row[: len(rows[i])] = rows[i]
                     start = min(len(rows[i]) - answers[i] for i in batch)
                     stop = max(len(rows[i]) for i in batch)
-                    losses, greedy = score_rows(self._model, tokens, start, stop, _CHUNK, self._mesh)
+                    losses, greedy = score_sequences(self._model, tokens, start, stop, _CHUNK, self._mesh)
                     for place, i in enumerate(batch):
                         scored = slice(len(rows[i]) - answers[i], len(rows[i]))
                         total = -float(np.sum(losses[place, scored], dtype=np.float64))
@@ -164,7 +164,7 @@ class HarnessModel(TemplateLM):
 
     def _rows(self, length: int, requests: int) -> int:
         """Rows of a batch: powers of two, so that tasks of any size share their compiled programs."""
-        return rows_at_a_time(self._mesh, length, self._batch_tokens, 1 << (requests - 1).bit_length())
+        return sequences_per_batch(self._mesh, length, self._batch_tokens, 1 << (requests - 1).bit_length())
 
     def _prompt(self, text: str, room: int) -> list[int]:
         tokens = self.tok_encode(text) or [self.prefix_token_id]

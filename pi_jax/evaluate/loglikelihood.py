@@ -17,7 +17,7 @@ from pi_jax.model.loss import score_tokens
 from pi_jax.parallel import placement, sharding
 
 
-def rows_at_a_time(mesh: jax.sharding.Mesh, length: int, batch_tokens: int, rows: int) -> int:
+def sequences_per_batch(mesh: jax.sharding.Mesh, length: int, batch_tokens: int, rows: int) -> int:
     """How many rows of `length` tokens to pass at once: a multiple of the mesh's rows, no more than needed.
 
     Args:
@@ -32,7 +32,7 @@ def rows_at_a_time(mesh: jax.sharding.Mesh, length: int, batch_tokens: int, rows
     return devices * math.ceil(each / batches)  # so that the last batch is as full as the others
 
 
-def score_rows(
+def score_sequences(
     model: Llama, tokens: Int[np.ndarray, "B S"], start: int, stop: int, chunk: int, mesh: jax.sharding.Mesh
 ) -> tuple[Float[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
     """Loss in nats of each token given those before it in its row, and whether it was the most probable one.
@@ -41,14 +41,14 @@ def score_rows(
 
     Args:
       model: with its parameters on `mesh`.
-      tokens: as many rows as `rows_at_a_time` says, the same on every process.
+      tokens: as many rows as `sequences_per_batch` says, the same on every process.
       start: first column scored, at least 1.
       stop: column after the last one scored.
       chunk: columns whose logits exist at one time; what is scored is rounded outwards to them.
       mesh: the mesh that is set.
     """
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    placed = placement.put_same(mesh, {"tokens": tokens, "positions": positions})
+    placed = placement.put_global(mesh, {"tokens": tokens, "positions": positions})
     losses, greedy = _score(model, placed["tokens"], placed["positions"], np.int32(start), np.int32(stop), chunk)
     return placement.fetch(losses), placement.fetch(greedy)
 

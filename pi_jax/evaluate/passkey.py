@@ -26,7 +26,7 @@ import tyro
 
 from pi_jax import cli, plotting
 from pi_jax.errors import InputError
-from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
+from pi_jax.evaluate.answers import EvaluationOptions, answer, open_generator
 from pi_jax.generate import Generator
 
 HEADER = (
@@ -193,7 +193,7 @@ def _rates(generator, tokenizer, prompts: list[list[Prompt]], batch_tokens: int,
 
 
 @dataclasses.dataclass(frozen=True)
-class Passkey(ModelOptions):
+class Passkey(EvaluationOptions):
     """Passkey retrieval: up to which distance the model finds a number in its input."""
 
     lengths: tuple[int, ...] = ()

@@ -21,7 +21,7 @@ from pi_jax.data.documents import Document, read_documents
 from pi_jax.data.prepare import SUMMARIZE
 from pi_jax.data.tokenizer import Prompt, load_tokenizer
 from pi_jax.errors import InputError
-from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
+from pi_jax.evaluate.answers import EvaluationOptions, answer, open_generator
 from pi_jax.evaluate.perplexity.command import warn
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -29,7 +29,7 @@ METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 @dataclasses.dataclass(frozen=True)
-class Summarization(ModelOptions):
+class Summarization(EvaluationOptions):
     """ROUGE of a model's summaries of long documents: GovReport as in the paper's Table 6."""
 
     data: tuple[str, ...] = ()

@@ -60,12 +60,12 @@ class Generator:
             raise InputError(f"max_length is {max_length} and chunk is {chunk}: need at least 2 and 1")
         self.config, self.compute = model.config, model.compute
         self.max_length = max_length
-        self.row_shards = sharding.row_shards(sharding.for_generation(mesh))
+        self.batch_shards = sharding.batch_shards(sharding.for_generation(mesh))
         """Batches of a multiple of this many prompts leave no device idle."""
         self._chunk = chunk
         self._mesh = sharding.for_generation(mesh)
         with jax.set_mesh(self._mesh):
-            self._weights = _take_apart(placement.put_tree(self._mesh, model, parameter_axes(model)))
+            self._weights = _unstack_layers(placement.put_params(self._mesh, model, parameter_axes(model)))
 
     def __call__(
         self,
@@ -98,7 +98,7 @@ class Generator:
         self._check(prompts, max_new_tokens, temperature, top_p)
         if not prompts:
             return []
-        rows = -(-len(prompts) // self.row_shards) * self.row_shards
+        rows = -(-len(prompts) // self.batch_shards) * self.batch_shards
         filled = [list(p) for p in prompts] + [[0]] * (rows - len(prompts))  # rows that only fill the mesh
         stop_tokens = frozenset(stop_tokens)
         new: list[list[int]] = [[] for _ in prompts]
@@ -161,10 +161,10 @@ class Generator:
         slots = min(slots, max(self.max_length, total + max_new_tokens))
         shape = (len(prompts), slots, self.config.num_key_value_heads, self.config.head_dim)
         caches = [kv_cache.empty(self._mesh, shape, self.compute.dtype) for _ in self._weights.layers]
-        start_B = placement.put_same(self._mesh, {"start": (total - lengths).astype(np.int32)})["start"]
+        start_B = placement.put_global(self._mesh, {"start": (total - lengths).astype(np.int32)})["start"]
         slot = 0
         for size in chunks:
-            part = placement.put_same(self._mesh, {"tokens": tokens[:, slot : slot + size]})["tokens"]
+            part = placement.put_global(self._mesh, {"tokens": tokens[:, slot : slot + size]})["tokens"]
             place = (jnp.int32(slot), start_B, jnp.int32(longest))
             x_BSD, cos_sin = _embed(self._weights.embedding, self.config, part, *place)
             for i, layer in enumerate(self._weights.layers):
@@ -187,7 +187,7 @@ class _State(NamedTuple):
 
 
 @jax.jit
-def _take_apart(model: Llama) -> _Weights:
+def _unstack_layers(model: Llama) -> _Weights:
     model = jax.tree.map(lambda x: x.astype(model.compute.dtype), model)
     layers = [jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(model.config.num_hidden_layers)]
     head = model.embedding if model.config.tie_word_embeddings else model.head
@@ -198,7 +198,7 @@ def _take_apart(model: Llama) -> _Weights:
 def _embed(embedding, config, tokens_BS, slot, start_B, length):
     """Embeddings of new tokens, and the phases of their positions; `length` is that of the longest row."""
     positions_BS = jnp.maximum(slot + jnp.arange(tokens_BS.shape[1]) - start_B[:, None], 0)
-    cos_sin_BSR = rope.phases(positions_BS, config.head_dim, config.rope, length)
+    cos_sin_BSR = rope.cos_sin(positions_BS, config.head_dim, config.rope, length)
     return sharding.take(sharding.gather(embedding[...], embedding.axes), tokens_BS), cos_sin_BSR
 
 

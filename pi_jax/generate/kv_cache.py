@@ -62,7 +62,7 @@ def extend(
         backend = _attend_one if one else functools.partial(_attend_many, implementation=implementation)
         return backend(q, k_cache, v_cache, slot, start), k_cache, v_cache
 
-    out, k, v = sharding.on_rows_and_heads(
+    out, k, v = sharding.shard_map_batch_heads(
         local, q_BSNH, k_BSKH, v_BSKH, *cache, slot, start_B, out=(("batch", None, "heads", None), _AXES, _AXES)
     )
     return out, LayerCache(k, v)

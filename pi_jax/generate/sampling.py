@@ -26,10 +26,10 @@ def draw(
     def one(row, logits_V):
         return jax.random.categorical(jax.random.fold_in(key, row), logits_V)
 
-    return jax.vmap(one)(rows_B, keep_likeliest(logits_BV / temperature, top_p)).astype(jnp.int32)
+    return jax.vmap(one)(rows_B, top_p_filter(logits_BV / temperature, top_p)).astype(jnp.int32)
 
 
-def keep_likeliest(logits_BV: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+def top_p_filter(logits_BV: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
     """Logits with -inf for all but the smallest set of likeliest tokens whose probability reaches `top_p` (nucleus
     sampling, Holtzman et al. 2020)."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)

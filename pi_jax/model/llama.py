@@ -87,7 +87,7 @@ class Llama(nnx.Module):
         with jax.named_scope("embed"):
             x_BSD = sharding.take(_use(self.embedding, dtype), tokens_BS)
         with jax.named_scope("rope_phases"):
-            cos_sin_BSR = rope.phases(positions_BS, self.config.head_dim, self.config.rope)
+            cos_sin_BSR = rope.cos_sin(positions_BS, self.config.head_dim, self.config.rope)
 
         backend = functools.partial(attention, implementation=self.compute.attention)
         attend = functools.partial(sharded.attend, backend, segment_ids_BS=segment_ids_BS, zigzag=zigzag)
@@ -153,7 +153,7 @@ class Attention(nnx.Module):
             project = _one_to_heads if one else _to_heads
             q_BSNH, k_BSKH, v_BSKH = (project(x_BSD, _use(w, dtype), w.axes[0]) for w in (self.q, self.k, self.v))
         with jax.named_scope("rope"):
-            q_BSNH, k_BSKH = (rope.apply_phases(x, *cos_sin_BSR) for x in (q_BSNH, k_BSKH))
+            q_BSNH, k_BSKH = (rope.apply_rotary(x, *cos_sin_BSR) for x in (q_BSNH, k_BSKH))
 
         out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH)
         with jax.named_scope("out"):

@@ -44,7 +44,7 @@ def score_tokens(
       in chunks outside the range.
     """
     local = functools.partial(_score_tokens, chunk)
-    return sharding.on_token_shards(local, hidden_BSD, weights_VD, targets_BS, start, stop, summed=False)
+    return sharding.shard_map_tokens(local, hidden_BSD, weights_VD, targets_BS, start, stop, summed=False)
 
 
 def weighted_loss(
@@ -56,7 +56,7 @@ def weighted_loss(
 ) -> Float[Array, ""]:
     """Sum of the targets' losses times `loss_weights_BS` (float32), differentiable by hidden states and projection."""
     local = functools.partial(_weighted_loss, chunk)
-    return sharding.on_token_shards(local, hidden_BSD, weights_VD, targets_BS, loss_weights_BS, summed=True)
+    return sharding.shard_map_tokens(local, hidden_BSD, weights_VD, targets_BS, loss_weights_BS, summed=True)
 
 
 def _score_tokens(chunk, hidden_BSD, weights_VD, targets_BS, start, stop):

@@ -267,7 +267,7 @@ def require_shared(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[Callable[[int], bool]]:
+def preemption_requested() -> Iterator[Callable[[int], bool]]:
     """Gives a function of the step: has a SIGTERM come? True on all processes at the same step.
 
     Call it every step on every process. With several processes JAX owns SIGTERM and brings all to one step.

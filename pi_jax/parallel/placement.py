@@ -4,7 +4,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pi_jax import trees
-from pi_jax.parallel.sharding import RULES, LogicalAxes, in_mesh, named, on_every_device
+from pi_jax.parallel.sharding import RULES, LogicalAxes, in_mesh, named, replicate
 
 
 def shard_tree(mesh: Mesh, tree, axes: dict[str, LogicalAxes]):
@@ -19,12 +19,12 @@ def zigzag(length: int, shards: int) -> np.ndarray:
     return chunks[order].reshape(-1)
 
 
-def put_tree(mesh: Mesh, tree, axes: dict[str, LogicalAxes]):
+def put_params(mesh: Mesh, tree, axes: dict[str, LogicalAxes]):
     """Parameters on (another arrangement of) a mesh, by the logical axes of their names."""
     return jax.device_put(tree, shard_tree(mesh, tree, axes))
 
 
-def put_same(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def put_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A global batch, [B, S] or [B] each, that every process holds whole: each places what its own devices need."""
     axes = ("batch", "sequence")
     return {
@@ -39,10 +39,10 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 @jax.jit
 def _gathered(x):
-    return on_every_device(x)
+    return replicate(x)
 
 
-def local_rows(mesh: Mesh, rows: int) -> slice:
+def local_batch_slice(mesh: Mesh, rows: int) -> slice:
     """The rows of a global batch that the devices of this process need."""
     spans = [index[0].indices(rows)[:2] for index in _placed_rows(mesh, rows)]
     return slice(min(first for first, _ in spans), max(last for _, last in spans))
@@ -59,7 +59,7 @@ def put_batch(
 
     Args:
       mesh: where to.
-      batch: [B, S] each: at least the rows that this process needs, `local_rows`.
+      batch: [B, S] each: at least the rows that this process needs, `local_batch_slice`.
       first: row of the global batch that `batch` begins with.
       rows: of the global batch; None: those of `batch`.
     """
@@ -77,7 +77,7 @@ def put_batch(
     return jax.tree.map(put, batch)
 
 
-def split_rows(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+def split_batch(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
     """[B, S] -> [parts, B / parts, S]: parts of a batch, each spread over the same devices as the whole."""
 
     def split(x_BS):

@@ -88,7 +88,7 @@ def for_generation(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
-def row_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh) -> int:
     """Parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in RULES.batch)
 
@@ -141,19 +141,19 @@ def gather_sequence(x_BS):
     return jax.reshard(x_BS, GATHERED.spec(("batch",) + (None,) * (x_BS.ndim - 1))) if in_mesh() else x_BS
 
 
-def on_every_device(tree):
+def replicate(tree):
     """Arrays made whole on every device, so that every process can read them."""
     return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), tree) if in_mesh() else tree
 
 
-def on_rows_and_heads(function, *arrays, out: tuple[LogicalAxes, ...]):
+def shard_map_batch_heads(function, *arrays, out: tuple[LogicalAxes, ...]):
     """Calls `function(*arrays)` on each device's own rows and heads; `out` names the axes of its results."""
     if not in_mesh():
         return function(*arrays)
     return jax.shard_map(function, out_specs=tuple(GATHERED.spec(axes) for axes in out), check_vma=False)(*arrays)
 
 
-def on_token_shards(function, hidden, weight, *arrays, summed: bool):
+def shard_map_tokens(function, hidden, weight, *arrays, summed: bool):
     """Calls `function(hidden, weight, *arrays)` on each device's own tokens, with the whole weight.
 
     `function` returns a value a token, or with `summed` one number, which is added up over all devices. So the gradient

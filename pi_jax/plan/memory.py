@@ -111,7 +111,7 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
         topology=name,
         mesh=dict(mesh.shape),
         rows=_rows(config, mesh),
-        accumulation=config.compute.accumulation,
+        gradient_accumulation_steps=config.compute.gradient_accumulation_steps,
         attention=config.compute.attention,
         remat=config.compute.remat,
         peak=peak,
@@ -159,7 +159,7 @@ def _bytes(tree) -> int:
 
 
 def _rows(config: Config, mesh) -> int:
-    return config.data.batch_size // sharding.row_shards(mesh) // config.compute.accumulation
+    return config.data.batch_size // sharding.batch_shards(mesh) // config.compute.gradient_accumulation_steps
 
 
 def _kept(config: Config, model: ModelConfig, mesh) -> int:
@@ -175,7 +175,7 @@ def _kept(config: Config, model: ModelConfig, mesh) -> int:
 
 
 def _loss_alone(config: Config, model: ModelConfig, mesh, weights: Llama):
-    rows = config.data.batch_size // config.compute.accumulation
+    rows = config.data.batch_size // config.compute.gradient_accumulation_steps
     place = sharding.named(mesh, ("batch", "sequence", None))
     shape = (rows, config.data.window, model.hidden_size)
     hidden = jax.ShapeDtypeStruct(shape, config.compute.dtype, sharding=place)
@@ -194,7 +194,7 @@ def _loss_alone(config: Config, model: ModelConfig, mesh, weights: Llama):
 
 
 def _attention_alone(config: Config, model: ModelConfig, mesh):
-    rows = config.data.batch_size // config.compute.accumulation
+    rows = config.data.batch_size // config.compute.gradient_accumulation_steps
 
     def heads(name, number):
         place = sharding.named(mesh, ("batch", "sequence", name, None))
@@ -239,7 +239,7 @@ def _attempt(config: Config, model: ModelConfig, cluster: Topology, rows: int) -
     if config.data.batch_size % (fsdp * rows):
         return None
     mesh = MeshConfig(data=1, fsdp=fsdp, context=cluster.count // fsdp, tensor=1)
-    compute = dataclasses.replace(config.compute, accumulation=config.data.batch_size // (fsdp * rows))
+    compute = dataclasses.replace(config.compute, gradient_accumulation_steps=config.data.batch_size // (fsdp * rows))
     config = dataclasses.replace(config, mesh=mesh, compute=compute)
     return plan(config, model, sharding.make_mesh(mesh, cluster.devices()), cluster.chip.memory, str(cluster))
 

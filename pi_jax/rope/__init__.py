@@ -15,7 +15,7 @@ Layout: half-split. Channel i is rotated together with channel i + H/2, as in Hu
 """
 
 from pi_jax.rope.hf_config import KINDS, from_hf, to_hf, window_from_hf, window_to_hf
-from pi_jax.rope.rotary import apply_phases, phases, rotate
+from pi_jax.rope.rotary import apply_rotary, cos_sin, rotate
 from pi_jax.rope.scaling import CHOICES, Default, Dynamic, Linear, Llama3, LongRope, Scaling, Yarn, build_scaling, ntk
 
 __all__ = [
@@ -28,11 +28,11 @@ __all__ = [
     "LongRope",
     "Scaling",
     "Yarn",
-    "apply_phases",
+    "apply_rotary",
     "build_scaling",
+    "cos_sin",
     "from_hf",
     "ntk",
-    "phases",
     "rotate",
     "to_hf",
     "window_from_hf",

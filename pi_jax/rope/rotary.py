@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Num
 from pi_jax.rope.scaling import Length, Scaling
 
 
-def phases(
+def cos_sin(
     positions_BS: Num[Array, "B S"], head_dim: int, scaling: Scaling, length: Length = None
 ) -> tuple[Float[Array, "B S R"], Float[Array, "B S R"]]:
     """cos and sin of every position and rotated pair, float32.
@@ -34,7 +34,7 @@ def phases(
     return jnp.cos(angles_BSR) * scaling.attention_scaling, jnp.sin(angles_BSR) * scaling.attention_scaling
 
 
-def apply_phases(
+def apply_rotary(
     x_BSNH: Float[Array, "B S N H"], cos_BSR: Float[Array, "B S R"], sin_BSR: Float[Array, "B S R"]
 ) -> Float[Array, "B S N H"]:
     """Rotates channel pairs (i, i + H/2) in float32 and rounds once to the dtype of `x_BSNH`."""
@@ -47,5 +47,5 @@ def apply_phases(
 def rotate(
     x_BSNH: Float[Array, "B S N H"], positions_BS: Num[Array, "B S"], scaling: Scaling
 ) -> Float[Array, "B S N H"]:
-    """Queries or keys turned by their (interpolated) positions. A model with many layers calls `phases` once."""
-    return apply_phases(x_BSNH, *phases(positions_BS, x_BSNH.shape[-1], scaling))
+    """Queries or keys turned by their (interpolated) positions. A model with many layers calls `cos_sin` once."""
+    return apply_rotary(x_BSNH, *cos_sin(positions_BS, x_BSNH.shape[-1], scaling))

@@ -98,7 +98,7 @@ def _queries_and_keys(model: Llama, tokens_S, queries_P, keys_P) -> tuple[np.nda
 
     @jax.jit
     def run(model):
-        cos_sin_BSR = rope.phases(positions_BS, model.config.head_dim, model.config.rope)
+        cos_sin_BSR = rope.cos_sin(positions_BS, model.config.head_dim, model.config.rope)
 
         def block(x_BSD, layer):
             normed_SD = layer.attention_norm(x_BSD)[0]

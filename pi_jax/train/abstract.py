@@ -7,7 +7,7 @@ from pi_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
 from pi_jax.errors import InputError
 from pi_jax.model import Llama, abstract, parameter_axes
 from pi_jax.parallel import placement, sharding
-from pi_jax.train.step import TrainState, first_state
+from pi_jax.train.step import TrainState, init_train_state
 
 
 def abstract_model(config: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> Llama:
@@ -17,8 +17,8 @@ def abstract_model(config: ModelConfig, compute: ComputeConfig, mesh: jax.shardi
 
 
 def abstract_state(model: Llama, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and places of all that `first_state` makes of such a model; call it with the mesh set."""
-    shapes = jax.eval_shape(functools.partial(first_state, optimizer=optimizer), model)
+    """Shapes, dtypes and places of all that `init_train_state` makes of such a model; call it with the mesh set."""
+    shapes = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer), model)
     return jax.tree.map(functools.partial(_placed, mesh), shapes)
 
 
@@ -60,11 +60,11 @@ def check_sizes(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> 
         "model.vocab_size": (model.vocab_size, "vocab"),
     }
     sharding.require_divisible(mesh, sizes)
-    rows_each, parts = config.data.batch_size // sharding.row_shards(mesh), config.compute.accumulation
+    rows_each, parts = config.data.batch_size // sharding.batch_shards(mesh), config.compute.gradient_accumulation_steps
     if rows_each % parts:
         raise InputError(
-            f"compute.accumulation is {parts}, which does not divide the {rows_each} rows a device has of a batch of "
-            f"{config.data.batch_size} over {sharding.row_shards(mesh)} parts of the mesh"
+            f"compute.gradient_accumulation_steps is {parts}, which does not divide the {rows_each} sequences per device "
+            f"(batch size {config.data.batch_size} over {sharding.batch_shards(mesh)} data-parallel shards)"
         )
     shards = mesh.shape["context"]
     if shards > 1 and config.data.window % (2 * shards):

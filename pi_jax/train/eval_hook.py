@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from pi_jax import log
 from pi_jax.config import Config, ModelConfig
 from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.errors import InputError

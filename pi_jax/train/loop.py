@@ -30,7 +30,7 @@ from pi_jax.train.eval_hook import Evaluation
 from pi_jax.train.optimizer import learning_rate, make_optimizer
 from pi_jax.train.resolve import check, open_architecture, stated_window, with_builtin
 from pi_jax.train.run_folder import export, require_folder, write_run_files
-from pi_jax.train.step import TrainState, first_state, make_step
+from pi_jax.train.step import TrainState, init_train_state, make_step
 
 
 def train(config: Config, base: Config) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
-        cluster.told_to_stop() as told_to_stop,
+        cluster.preemption_requested() as preemption_requested,
         Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints,
     ):
         # ---- State.
@@ -87,7 +87,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
         peak = metrics.peak_flops(config.logging)
 
         # ---- Loop.
-        rows, names = placement.local_rows(mesh, config.data.batch_size), columns(config.data)
+        rows, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
         window_values, since = [], time.monotonic()
         last_log = first
         with metrics.Metrics(output, config.logging, flatten(config), first) as logger:
@@ -119,7 +119,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                     compiling = "  (with compilation)" if step == first + 1 else ""
                     log.info(metrics.console_line(step, config.train.steps, means, left) + compiling)
                     window_values, since, last_log = [], time.monotonic(), step
-                stop = told_to_stop(step) and step < config.train.steps
+                stop = preemption_requested(step) and step < config.train.steps
                 checkpoints.save(step, state, resumes, last=stop or step == config.train.steps)
                 if stop:
                     log.info(f"Told to stop: saved at step {step}; the same command goes on from here")
@@ -169,8 +169,8 @@ def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> Train
         log.info(f"Reading weights from {config.train.init_from}")
         source = open_model(config.train.init_from, window=stated_window(config.model))
         source = dataclasses.replace(source, config=model_config)
-        return first_state(source.load(config.compute, mesh), optimizer)
+        return init_train_state(source.load(config.compute, mesh), optimizer)
     log.info("Starting from random weights")
     places = jax.tree.map(lambda x: x.sharding, template)
     make = jax.jit(functools.partial(Llama, model_config, config.compute), out_shardings=places)
-    return first_state(make(jax.random.key(config.train.seed)), optimizer)
+    return init_train_state(make(jax.random.key(config.train.seed)), optimizer)

@@ -25,7 +25,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; its moments have the structure and sharding of the parameters."""
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.b1,

@@ -44,7 +44,7 @@ def make_step(optimizer: optax.GradientTransformation) -> StepFn:
 
 def _loss_and_gradients(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, Llama]:
     """Of the mean over all tokens of the batch, whatever the number of parts it is computed in."""
-    parts = model.compute.accumulation
+    parts = model.compute.gradient_accumulation_steps
     of_part = functools.partial(jax.value_and_grad(batch_loss), model, total=total_weight(batch))
     if parts == 1:
         return of_part(batch)
@@ -53,10 +53,10 @@ def _loss_and_gradients(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.
         return jax.tree.map(jnp.add, sums, of_part(part)), None
 
     nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, model))
-    return jax.lax.scan(add, nothing, placement.split_rows(batch, parts))[0]
+    return jax.lax.scan(add, nothing, placement.split_batch(batch, parts))[0]
 
 
-def first_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+def init_train_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
     """The state at step 0; on an explicit mesh the optimizer's moments come out split like their parameters."""
 
     @jax.jit

@@ -99,7 +99,7 @@ class _Answers:
     """A generator that answers what it is told to, and remembers what it was asked."""
 
     def __init__(self, tokenizer, reply):
-        self.config, self.row_shards, self._tokenizer, self._reply = tiny_model_config(), 1, tokenizer, reply
+        self.config, self.batch_shards, self._tokenizer, self._reply = tiny_model_config(), 1, tokenizer, reply
         self.asked = []
 
     def __call__(self, prompts, max_new_tokens, **_):

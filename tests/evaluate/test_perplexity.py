@@ -168,9 +168,9 @@ def test_an_interrupted_evaluation_goes_on(model_folder, inputs, tmp_path, monke
     words = ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "--stride", "32"]
     words += ["--max-tokens", "300", "--output", str(out)]
     _run(*words[:-1], str(tmp_path / "whole.json"))
-    calls, real = [], sliding.score_rows
+    calls, real = [], sliding.score_sequences
 
-    def score_rows(*arguments, fail=True):
+    def score_sequences(*arguments, fail=True):
         calls.append(arguments[1].shape)
         if fail and len(calls) == 3:
             raise KeyboardInterrupt
@@ -178,12 +178,12 @@ def test_an_interrupted_evaluation_goes_on(model_folder, inputs, tmp_path, monke
 
     monkeypatch.setattr(sliding, "BATCH_TOKENS", 64)  # a row on each of eight devices
     monkeypatch.setattr(sliding, "_SECONDS_BETWEEN_SAVES", 0)
-    monkeypatch.setattr(sliding, "score_rows", score_rows)
+    monkeypatch.setattr(sliding, "score_sequences", score_sequences)
     with pytest.raises(SystemExit) as stop:
         _run(*words)
     assert stop.value.code == 130 and not out.exists()
     first, calls[:] = list(calls), []
-    monkeypatch.setattr(sliding, "score_rows", lambda *x: score_rows(*x, fail=False))
+    monkeypatch.setattr(sliding, "score_sequences", lambda *x: score_sequences(*x, fail=False))
     _run(*words)
     assert "Going on after 16 windows" in capsys.readouterr().out
     monkeypatch.undo()

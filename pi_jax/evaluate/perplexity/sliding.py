@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pi_jax.errors import InputError
-from pi_jax.evaluate.loglikelihood import rows_at_a_time, score_rows
+from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.model import Llama
 
 BATCH_TOKENS = 8192
@@ -83,7 +83,7 @@ def score_documents(
     """
     shift = bos is not None
     plan = plan_windows([len(tokens) for tokens in documents], window, stride, bos)
-    rows = rows_at_a_time(mesh, window, BATCH_TOKENS, len(plan))
+    rows = sequences_per_batch(mesh, window, BATCH_TOKENS, len(plan))
     ends = np.cumsum([len(tokens) for tokens in documents])
     losses = np.full(ends[-1], np.nan, np.float32)
     begin, losses = partial.load(f"{window}/{stride}", losses) if partial else (0, losses)
@@ -98,7 +98,7 @@ def score_documents(
             row[shift : shift + w.stop - w.start] = documents[w.document][w.start : w.stop]
         start = min(w.first - w.start for w in batch) + shift
         stop = max(w.stop - w.start for w in batch) + shift
-        scored, _ = score_rows(model, tokens, start, stop, min(stride, model.compute.loss_chunk), mesh)
+        scored, _ = score_sequences(model, tokens, start, stop, min(stride, model.compute.loss_chunk), mesh)
         for row, w in zip(scored, batch, strict=False):
             results[w.document][w.first : w.stop] = row[shift + w.first - w.start : shift + w.stop - w.start]
         if partial:

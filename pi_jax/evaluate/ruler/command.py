@@ -10,12 +10,12 @@ import tyro
 
 from pi_jax import cli
 from pi_jax.errors import InputError
-from pi_jax.evaluate.answers import ModelOptions, answer, open_generator
+from pi_jax.evaluate.answers import EvaluationOptions, answer, open_generator
 from pi_jax.evaluate.ruler.tasks import TASKS, THRESHOLD, make_samples, score
 
 
 @dataclasses.dataclass(frozen=True)
-class Ruler(ModelOptions):
+class Ruler(EvaluationOptions):
     """The synthetic tasks of RULER that need no download."""
 
     lengths: tuple[int, ...] = (4096, 8192)
