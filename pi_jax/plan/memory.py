@@ -40,7 +40,7 @@ class Plan:
     mesh: dict[str, int]
     rows: int
     """Rows that a device computes at a time (with others, where the sequence or the heads are split)."""
-    accumulation: int
+    gradient_accumulation_steps: int
     attention: str
     remat: str
     peak: int
@@ -247,7 +247,7 @@ def _attempt(config: Config, model: ModelConfig, cluster: Topology, rows: int) -
 def _line(p: Plan) -> str:
     mesh = ", ".join(f"{k} {v}" for k, v in p.mesh.items() if v > 1) or "one device"
     verdict = "fits" if p.fits else "does not fit"
-    return f"{p.topology} ({mesh}), {p.rows} rows x {p.accumulation}: {p.peak / GIB:.1f} GiB, {verdict}"
+    return f"{p.topology} ({mesh}), {p.rows} rows x {p.gradient_accumulation_steps}: {p.peak / GIB:.1f} GiB, {verdict}"
 
 
 def report(p: Plan, config: Config, model: ModelConfig) -> str:
@@ -257,7 +257,7 @@ def report(p: Plan, config: Config, model: ModelConfig) -> str:
     lines = [
         f"{p.topology}: {math.prod(p.mesh.values())} devices with {p.memory / GIB:.1f} GiB each, mesh {p.mesh}",
         f"{model.num_parameters() / 1e9:.2f} B parameters, {config.data.batch_size} rows of {config.data.window} "
-        f"tokens a step; {p.rows} rows at a time on a device, {p.accumulation} times",
+        f"tokens a step; {p.rows} rows at a time on a device, {p.gradient_accumulation_steps} times",
         f"attention {p.attention}, remat {p.remat}; compiled in {p.compile_seconds:.0f} s",
         "",
         "Memory of one device, GiB:",
