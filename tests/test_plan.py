@@ -102,9 +102,6 @@ def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     tried = json.loads(output.read_text())["tried"]
     attempts = [(t["topology"], t["rows"], t["gradient_accumulation_steps"]) for t in tried]
     assert attempts == [("v5e:1", 1, 2), ("v5e:1", 2, 1)]
-        ("v5e:1", 1, 2),
-        ("v5e:1", 2, 1),
-    ]
     monkeypatch.setitem(topology.CHIPS, "v5e", dataclasses.replace(here, memory=2**20))
     with pytest.raises(SystemExit) as stop:
         plan_main(["--config", config, "--topology", "v5e:1", *few])

@@ -50,9 +50,6 @@ def test_memory_stays_below_what_others_take(name, machine, rows, limit):
     model = {"7b_32k": "7b_32k", "65b_32k": "65b_8k"}[name]
     compute = {"remat": "offload", "gradient_accumulation_steps": 1}
     changes = {"data": {"batch_size": rows, "window": 32768}, "compute": compute}
-        "data": {"batch_size": rows, "window": 32768},
-        "compute": {"remat": "offload", "gradient_accumulation_steps": 1},
-    }
     found = _plan(model, machine, **changes, rope={"factor": 16.0})
     assert found.peak <= limit * 2**30 and found.host > 0
 
