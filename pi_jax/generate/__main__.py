@@ -11,7 +11,7 @@ from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.errors import InputError
 from pi_jax.generate.generator import Generator, require_mesh, stop_tokens, warn_beyond_window
 from pi_jax.generate.streaming import Stream
-from pi_jax.parallel import cluster, sharding
+from pi_jax.parallel import processes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def command():
         args = tyro.cli(Generate, prog="python -m pi_jax.generate", args=argv)
-        cluster.initialize()
+        processes.initialize()
         generate(args)
 
     cli.run(command)

@@ -23,7 +23,7 @@ from pi_jax.convert.open import open_model
 from pi_jax.data.pipeline import open_pipeline
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
-from pi_jax.parallel import cluster, placement, sharding
+from pi_jax.parallel import placement, processes, sharding
 from pi_jax.train import metrics
 from pi_jax.train.abstract import abstract_model, abstract_state, columns
 from pi_jax.train.eval_hook import Evaluation
@@ -59,8 +59,8 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     evaluation = Evaluation(config, model_config, files)
     require_folder(output)
-    cluster.require_same("the config", f"{config}")
-    cluster.require_shared(output)
+    processes.require_same("the config", f"{config}")
+    processes.require_shared(output)
     log.info(summary)
     log.info(f"Model: {model_config.num_parameters():,} parameters, {model_config.rope}; mesh {dict(mesh.shape)}")
     log.info(f"Data: {pipeline.steps_per_epoch:.1f} steps an epoch, {config.train.steps} steps wanted")
@@ -69,7 +69,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
-        cluster.preemption_requested() as preemption_requested,
+        processes.preemption_requested() as preemption_requested,
         Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints,
     ):
         # ---- State.
@@ -123,7 +123,7 @@ def train(config: Config, base: Config) -> dict[str, Any]:
                 checkpoints.save(step, state, resumes, last=stop or step == config.train.steps)
                 if stop:
                     log.info(f"Told to stop: saved at step {step}; the same command goes on from here")
-                    sys.exit(cluster.REQUEUE)
+                    sys.exit(processes.REQUEUE)
                 if config.evaluate.every and step % config.evaluate.every == 0 and step < config.train.steps:
                     jax.block_until_ready(state)  # what the device still owes is training time
                     started = time.monotonic()
