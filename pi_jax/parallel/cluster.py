@@ -1,7 +1,7 @@
 """What the launcher of a cluster says of this process; the only module that reads cluster variables.
 
-`detect` asks, in this order: our own variables, torchrun-like ones, SLURM, Open MPI. The first that answers wins. TPU pods
-are left to JAX's own detection. Without an answer there is one process, which drives all local devices.
+`detect` asks, in this order: our own variables, torchrun-like ones, SLURM, Open MPI. The first that answers wins. TPU
+pods are left to JAX's own detection. Without an answer there is one process, which drives all local devices.
 
 | variables | |
 | --- | --- |

@@ -1,8 +1,8 @@
 """Will it fit? The very train step, compiled for a cluster that is not here: `python -m pi_jax.plan --config FILE`.
 
 XLA's own compiler for the GPU or TPU lays out the memory of one device and says how much that takes; nothing is run and
-no device is needed (`pi_jax.topology`). Parameters, moments and gradients are counted from their shapes and partitions;
-the total is the compiler's.
+no device is needed (`pi_jax.plan.topology`). Parameters, moments and gradients are counted from their shapes and
+partitions; the total is the compiler's.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Plan:
     host: int
     """Bytes in the host's memory for one device: what is offloaded."""
     flops: float
-    """Model FLOPs of a step, all devices; the formula stands in `pi_jax.metrics`."""
+    """Model FLOPs of a step, all devices; the formula stands in `pi_jax.train.metrics`."""
     seconds: tuple[float, float]
     """A step's duration at the MFU of `MFU`."""
     collectives: dict[str, dict[str, int]] | None
