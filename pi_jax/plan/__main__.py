@@ -1,3 +1,5 @@
+"""`python -m pi_jax.plan`: does the train step fit?"""
+
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -5,13 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from pi_jax import cli, log, tiny
-from pi_jax.config import BUILTIN, Config, extend, parse
+from pi_jax import cli, log
+from pi_jax.config import Config, extend, parse
 from pi_jax.errors import InputError
 from pi_jax.parallel import sharding
 from pi_jax.plan import topology
 from pi_jax.plan.memory import as_json, plan, report, search
-from pi_jax.train import resolve
+from pi_jax.train.resolve import resolve_model, with_builtin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,10 @@ def run(arguments: Arguments, config: Config) -> bool:
     cluster = topology.parse(arguments.topology)
     if arguments.output:
         cli.require_writable(arguments.output)
-    if config.train.init_from == BUILTIN:
-        config = resolve.with_builtin(config, tiny.tiny_inputs())
-    model = extend(config.model, config.rope) if config.model else resolve.open_architecture(config)[0]
+    if config.model:  # a plan needs no weights: the folder of the base model may be elsewhere
+        model = extend(config.model, config.rope)
+    else:
+        model, _ = resolve_model(with_builtin(config))
     compute = config.compute
     if compute.attention == "auto" and cluster.kind in ("h100", "h200") and not topology.has_cudnn():
         log.info("cuDNN is not installed (pip install nvidia-cudnn-cu13): planned with attention pallas_triton")
