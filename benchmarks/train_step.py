@@ -5,7 +5,7 @@
         --output benchmarks/results/NAME.json
 
 The second form is for a GPU: random weights of a published model's shape, with as many layers as fit. With bfloat16
-both sides keep float32 master weights. MFU is by the formula of `pi_jax.metrics`, for both sides.
+both sides keep float32 master weights. MFU is by the formula of `pi_jax.train.metrics`, for both sides.
 
 One run measures both: each side does its steps in a process of its own, in turns (ours, theirs, ours, ...), so that
 neither has the machine when it is quiet and the other when it is not. A side's figure is its fastest step: on a machine

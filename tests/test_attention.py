@@ -415,7 +415,7 @@ def test_bad_arguments_are_named(change, message):
 
 _LONG = """
 import re, jax, jax.numpy as jnp
-from pi_jax.attention import attention
+from pi_jax.model.attention import attention
 q, k, v = (jax.random.normal(key, (1, 32768, 4, 64)) for key in jax.random.split(jax.random.key(0), 3))
 grads = jax.jit(jax.grad(lambda *x: jnp.sum(attention(*x, implementation="chunked") ** 2), (0, 1, 2)))(q, k, v)
 assert all(bool(jnp.isfinite(g).all()) for g in grads)

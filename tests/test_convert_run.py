@@ -12,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pi_jax import tiny, trees
 from pi_jax.checkpoint import Checkpoints, manager
-from pi_jax.checkpoint.fingerprint import fingerprint
+from pi_jax.checkpoint.fingerprint import fingerprint, fingerprint_of_part
 from pi_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
 from pi_jax.convert import __main__ as command
 from pi_jax.convert import param_mapping
@@ -133,10 +133,10 @@ def test_the_fingerprint_of_parts_adds_up():
         for dtype in ("float32", "bfloat16"):
             x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
             whole = fingerprint({"x": jax.numpy.asarray(x)})["x"]
-            assert fingerprint.fingerprint_of_part(x) == whole
-            parts = [fingerprint.fingerprint_of_part(x[i : i + 1], i) for i in range(shape[0])]
+            assert fingerprint_of_part(x) == whole
+            parts = [fingerprint_of_part(x[i : i + 1], i) for i in range(shape[0])]
             assert sum(parts) % 2**32 == whole
-            moved = [fingerprint.fingerprint_of_part(x[i : i + 1], shape[0] - 1 - i) for i in range(shape[0])]
+            moved = [fingerprint_of_part(x[i : i + 1], shape[0] - 1 - i) for i in range(shape[0])]
             assert sum(moved) % 2**32 != whole
 
 

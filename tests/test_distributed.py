@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pi_jax.errors import InputError
-from pi_jax.parallel import cluster
+from pi_jax.parallel import processes, xla_options
 from pi_jax.parallel.cluster import Cluster, detect
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -79,15 +79,15 @@ def test_variables_that_contradict_each_other_are_refused(env, message):
 
 def test_unknown_xla_flags_are_left_out(monkeypatch):
     """An XLA that met one would abort."""
-    monkeypatch.setattr(cluster, "_gpu_generation", lambda: 9)
+    monkeypatch.setattr(xla_options, "_gpu_generation", lambda: 9)
     monkeypatch.setitem(
-        cluster.XLA_SETTINGS, 9, (("--xla_gpu_no_such_flag=1", "--xla_gpu_autotune_level=0"), {"A": "1"})
+        xla_options.XLA_SETTINGS, 9, (("--xla_gpu_no_such_flag=1", "--xla_gpu_autotune_level=0"), {"A": "1"})
     )
     env = {"XLA_FLAGS": "--xla_dump_to=x", "A": "mine"}
-    cluster._set_xla(env)
+    xla_options.set_xla_options(env)
     assert env == {"XLA_FLAGS": "--xla_dump_to=x --xla_gpu_autotune_level=0", "A": "mine"}
     for settings in ({"PI_JAX_XLA": "off"}, {"JAX_PLATFORMS": "cpu"}):
-        cluster._set_xla(settings)
+        xla_options.set_xla_options(settings)
         assert "XLA_FLAGS" not in settings
 
 
@@ -152,7 +152,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(alone, tmp_pa
             break
     running.send_signal(signal.SIGTERM)
     text = running.communicate(timeout=100)[0]
-    assert running.returncode == cluster.REQUEUE, text[-3000:]
+    assert running.returncode == processes.REQUEUE, text[-3000:]
     stopped = len(_losses(tmp_path / "run"))
     assert f"saved at step {stopped}" in text
     done = _local(4, _command(tmp_path / "run", "--mesh.context", 2, steps=stopped + 2), devices=1)
@@ -228,7 +228,7 @@ def test_one_process_saves_itself_when_told_to_stop(tmp_path, inputs):
             break
     running.send_signal(signal.SIGTERM)
     text = running.communicate(timeout=100)[0]
-    assert running.returncode == cluster.REQUEUE, text[-3000:]
+    assert running.returncode == processes.REQUEUE, text[-3000:]
     step = len(_losses(tmp_path / "run"))
     assert f"saved at step {step}" in text and (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
 

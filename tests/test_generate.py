@@ -164,13 +164,13 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
 def test_a_prompt_is_read_in_chunks_without_its_logits(models, mesh):
     """No array of the compiled program has prompt x vocabulary elements."""
     config = models["default"].config
-    generator = Generator(models["default"], mesh, max_length=600, chunk=64)
+    made = Generator(models["default"], mesh, max_length=600, chunk=64)
     shapes = []
     original = rope.cos_sin
     try:
         rope.cos_sin = lambda positions, *a: shapes.append(positions.shape) or original(positions, *a)
         generator._embed.clear_cache()
-        generator([list(np.arange(300) % config.vocab_size)], 2)
+        made([list(np.arange(300) % config.vocab_size)], 2)
     finally:
         rope.cos_sin = original
         generator._embed.clear_cache()

@@ -9,9 +9,11 @@ import runpy
 import jax
 import pytest
 
+from pi_jax.cli import main as pi_jax_main
 from pi_jax.config import ComputeConfig, Config, DataConfig, MeshConfig, RopeConfig, extend, load_config
 from pi_jax.errors import InputError
 from pi_jax.parallel import sharding
+from pi_jax.plan import __main__ as plan_command
 from pi_jax.plan import hlo, memory, topology
 from pi_jax.plan.__main__ import main as plan_main
 from pi_jax.tiny import tiny_model_config
@@ -98,8 +100,32 @@ def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     few = ["--data.batch-size", "2"]
     plan_main(["--config", config, "--topology", "v5e:8", "--search", "--output", str(output), *few])
     tried = json.loads(output.read_text())["tried"]
-    assert [(t["topology"], t["rows"], t["accumulation"]) for t in tried] == [("v5e:1", 1, 2), ("v5e:1", 2, 1)]
+    attempts = [(t["topology"], t["rows"], t["gradient_accumulation_steps"]) for t in tried]
+    assert attempts == [("v5e:1", 1, 2), ("v5e:1", 2, 1)]
     monkeypatch.setitem(topology.CHIPS, "v5e", dataclasses.replace(here, memory=2**20))
     with pytest.raises(SystemExit) as stop:
         plan_main(["--config", config, "--topology", "v5e:1", *few])
     assert stop.value.code == 1
+
+
+def test_bad_topology_is_one_sentence_from_every_entry_point(capsys):
+    for entry in (plan_main, lambda words: pi_jax_main(["plan", *words])):
+        with pytest.raises(SystemExit) as stop:
+            entry(["--config", "configs/tiny.py", "--topology", "nonsense:8"])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_smoke_plans_a_config_that_starts_from_a_folder(tmp_path, monkeypatch):
+    planned = {}
+
+    def run(config, model, *_):
+        planned["model"] = model
+        raise InputError("stop here")
+
+    monkeypatch.setattr(plan_command, "plan", run)
+    monkeypatch.setattr(plan_command.sharding, "make_mesh", lambda *_: None)
+    monkeypatch.setattr(plan_command.topology.Topology, "devices", lambda _: [])
+    with pytest.raises(SystemExit):
+        plan_main(["--config", "configs/llama2_7b_32k.py", "--smoke", "--topology", "v5e:8"])
+    assert planned["model"].hidden_size == 64

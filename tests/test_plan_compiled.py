@@ -38,7 +38,7 @@ def test_every_experiment_fits_its_machine(name, machine):
 @pytest.mark.parametrize("name, machine", [("7b_32k", "v5p:32"), ("65b_8k", "v5p:64")])
 def test_experiments_fit_tpus(name, machine):
     rows = {"7b_32k": 32, "65b_8k": 64}[name]
-    assert _plan(name, machine, data={"batch_size": rows}, compute={"accumulation": 1}).fits
+    assert _plan(name, machine, data={"batch_size": rows}, compute={"gradient_accumulation_steps": 1}).fits
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,8 @@ def test_experiments_fit_tpus(name, machine):
 def test_memory_stays_below_what_others_take(name, machine, rows, limit):
     """With layers' inputs on the host; GiB."""
     model = {"7b_32k": "7b_32k", "65b_32k": "65b_8k"}[name]
-    changes = {"data": {"batch_size": rows, "window": 32768}, "compute": {"remat": "offload", "accumulation": 1}}
+    compute = {"remat": "offload", "gradient_accumulation_steps": 1}
+    changes = {"data": {"batch_size": rows, "window": 32768}, "compute": compute}
     found = _plan(model, machine, **changes, rope={"factor": 16.0})
     assert found.peak <= limit * 2**30 and found.host > 0
 

@@ -97,7 +97,7 @@ def test_every_combination_trains_as_one_device(mesh, remat):
 
 def test_rows_in_a_wrong_order_are_noticed(monkeypatch):
     """The control of the tests above: tokens not in zigzag order, read as if they were."""
-    monkeypatch.setattr(sharding, "zigzag", lambda length, shards: np.arange(length))
+    monkeypatch.setattr(placement, "zigzag", lambda length, shards: np.arange(length))
     values = _run(sharding.make_mesh(MeshConfig(data=2, fsdp=2, context=2)))[1]
     assert abs(values[0][1] / _one_device(True)[1][0][1] - 1) > 1e-3
 

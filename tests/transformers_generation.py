@@ -16,6 +16,7 @@ from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.convert.open import open_model
 from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.generate import Generator
+from pi_jax.generate import generator as implementation
 from pi_jax.parallel import placement, sharding
 
 PROMPTS = (
@@ -73,20 +74,20 @@ def main(args: Check) -> None:
 def _logits(generator, model, prompt, mesh) -> float:
     """The largest difference of a step's logits from those of a whole pass, over a generation."""
     seen = []
-    head = generator._last_logits
+    head = implementation._last_logits
 
     def spy(*arguments):
         logits = head(*arguments)
         jax.debug.callback(lambda x: seen.append(np.asarray(x[0])), logits, ordered=True)
         return logits
 
-    generator._last_logits = spy
+    implementation._last_logits = spy
     jax.clear_caches()
     try:
         new = generator([prompt], NEW)[0]
         jax.effects_barrier()
     finally:
-        generator._last_logits = head
+        implementation._last_logits = head
         jax.clear_caches()
     tokens = np.array([[*prompt, *new]], np.int32)
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):

@@ -14,7 +14,7 @@ from pi_jax.config.validation import require, require_positive, require_types
 from pi_jax.rope import Default, Scaling, build_scaling
 
 BUILTIN = "builtin:tiny"
-"""As `train.init_from`, in `data.sources` or `evaluate.data`: the tiny model and text of `pi_jax.testing`, made on the
+"""As `train.init_from`, in `data.sources` or `evaluate.data`: the tiny model and text of `pi_jax.tiny`, made on the
 spot."""
 
 DType = Literal["float32", "bfloat16"]
@@ -299,7 +299,7 @@ class LoggingConfig:
     wandb_project: str = ""
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
     peak_tflops: float = 0.0
-    """Of one device, for MFU, where the device is not in the table of `pi_jax.metrics`."""
+    """Of one device, for MFU, where the device is not in the table of `pi_jax.train.metrics`."""
 
     def __post_init__(self):
         require_types("logging", self)

@@ -7,11 +7,10 @@ Grain supplies the permutations, the interleaving and the threads that prepare b
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -24,6 +23,17 @@ from pi_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 """The arrays of `packing.Row`, of shape [batch_size, window]."""
 
+# Fields of `DataConfig` that decide the batches. A new one belongs here if it does too.
+_DECIDING_FIELDS = (
+    "window",
+    "batch_size",
+    "packing",
+    "segment_masking",
+    "reset_positions",
+    "mask_prompts",
+    "pose_window",
+    "seed",
+)
 _MAX_THREADS = 8
 
 
@@ -123,19 +133,16 @@ class Pipeline:
         return self.stores[0].tokenizer.vocab_hash
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides the batches; where the stores lie and `config.prefetch` do not.
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the batches, by field; where the stores lie and how they are read does not.
 
-        A run that resumes with another fingerprint would not go on with its data.
+        A run that resumes with another identity would not continue with its data.
         """
-        facts = dataclasses.asdict(self.config)
-        weights = [parse_source(source).weight for source in facts.pop("sources")]
-        for name in ("prefetch", "require_long_documents"):
-            del facts[name]
-        facts["stores"] = [
-            [store.manifest["sha256"], weight] for store, weight in zip(self.stores, weights, strict=True)
+        sources = [
+            [store.manifest["sha256"], parse_source(source).weight]
+            for store, source in zip(self.stores, self.config.sources, strict=True)
         ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return {"data.sources": sources} | {f"data.{name}": getattr(self.config, name) for name in _DECIDING_FIELDS}
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pi_jax import cli
 from pi_jax.errors import InputError
-from pi_jax.parallel import cluster
+from pi_jax.parallel import processes
 
 WHAT = {
     "perplexity": "sliding windows over text, by token, by window and by document",
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         def command():
             module = _module(argv[0])
             if not {"-h", "--help"} & set(argv) and argv[0] != "report":
-                cluster.initialize()
+                processes.initialize()
             module.main(argv[1:])
 
         cli.run(command)

@@ -3,64 +3,38 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from pi_jax import cli
-from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
-from pi_jax.convert.open import open_model
+from pi_jax.config import ModelConfig
 from pi_jax.errors import InputError
-from pi_jax.generate import Generator, require_mesh, stop_tokens, warn_beyond_window
-from pi_jax.parallel import sharding
+from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
+from pi_jax.generate import Generator, stop_tokens
 
 BATCH_TOKENS = 32768
 """Tokens of prompts that are read side by side, where nothing else is asked for."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ModelOptions):
     """Which model answers, and how it is computed."""
 
-    model: str
-    """Hugging Face folder, or the folder of a pi_jax run."""
-    rope: RopeConfig = RopeConfig()
-    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
     batch_tokens: int = BATCH_TOKENS
-    """Tokens of prompts that are read side by side; a longer prompt is read alone."""
-    mesh: MeshConfig = MeshConfig()
-    """Devices: prompts are split over data, fsdp and context, heads over tensor."""
-    output: str = ""
-    """Also write the result to this JSON file."""
+    """Tokens of prompts that are read side by side; a longer prompt is read alone. Lower it if memory runs out."""
 
 
-def open_generator(options: EvaluationOptions, longest: int) -> tuple[Generator, Any, ModelConfig]:
+def open_generator(options: AnswerOptions, longest: int) -> tuple[Generator, Any, ModelConfig]:
     """The generator for prompts and answers of up to `longest` tokens, the tokenizer, the architecture.
 
     Raises:
       InputError: if the model or its tokenizer cannot be read or do not belong together.
     """
-    from pi_jax.data.tokenizer import load_tokenizer
-
-    cli.require_writable(options.output)
     if options.batch_tokens < 1:
         raise InputError(f"batch-tokens is {options.batch_tokens}: it must be at least 1")
-    source = open_model(options.model, options.rope)
-    tokenizer = load_tokenizer(source.files)
-    if len(tokenizer.get_vocab()) > source.config.vocab_size:
-        raise InputError(
-            f"{source.files}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
-            f"{source.config.vocab_size}: they do not belong together"
-        )
-    warn_beyond_window(source.config, longest)
-    mesh = sharding.make_mesh(options.mesh)
-    require_mesh(mesh, source.config)
-    compute = ComputeConfig(dtype=options.dtype, param_dtype=options.dtype, remat="none")
-    with jax.set_mesh(mesh):
-        return Generator(source.load(compute, mesh), mesh, max_length=longest), tokenizer, source.config
+    loaded = LoadedModel.for_evaluation(options)
+    return loaded.generator(longest), loaded.tokenizer, loaded.config
 
 
 def answer(

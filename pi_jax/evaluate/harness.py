@@ -14,7 +14,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,12 +25,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from pi_jax import cli, log
-from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.errors import InputError
+from pi_jax.evaluate import result
+from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
 from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.generate import Generator, warn_beyond_window
-from pi_jax.model import Llama
-from pi_jax.parallel import sharding
+from pi_jax.model import Llama, parameter_axes
+from pi_jax.parallel import placement, sharding
 
 TABLE_5 = ("boolq", "piqa", "race_middle", "race", "winogrande")
 """The paper's benchmarks inside the original window; `race` is RACE-H, `race_middle` our file for RACE-M."""
@@ -253,12 +254,10 @@ def _name_in(file: pathlib.Path) -> str:
     return found[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class Harness:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harness(ModelOptions):
     """Standard benchmarks by lm-evaluation-harness, for example the paper's Table 5."""
 
-    model: str
-    """Hugging Face folder, or the folder of a pi_jax run."""
     tasks: tuple[str, ...]
     """Names of lm-evaluation-harness, task files (.yaml), or 'table5': BoolQ, PIQA, RACE-M, RACE-H, WinoGrande"""
     include: str = ""
@@ -273,12 +272,6 @@ class Harness:
     """Write requests as a conversation, by the tokenizer's template."""
     batch_tokens: int = 8192
     """Tokens that a device reads at a time."""
-    rope: RopeConfig = RopeConfig()
-    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
-    output: str = ""
-    """Also write the result to this JSON file."""
     samples: str = ""
     """Also write every question with the model's answers to this JSON file."""
 
@@ -295,24 +288,21 @@ def harness(args: Harness) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
     import lm_eval
 
-    from pi_jax.convert.open import open_model
-    from pi_jax.data.tokenizer import load_tokenizer
-    from pi_jax.evaluate.perplexity.command import require_vocabulary
-
     cli.require_writable(args.output)
     cli.require_writable(args.samples)
     names, manager = load_tasks(args.tasks, args.include)
-    source = open_model(args.model, args.rope)
-    tokenizer = load_tokenizer(source.files)
-    require_vocabulary(tokenizer, source.files, source.config.vocab_size)
+    loaded = LoadedModel.for_evaluation(args)
+    source, tokenizer = loaded.source, loaded.tokenizer
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {source.files} has no EOS token: the harness needs one")
-    mesh = sharding.make_mesh(MeshConfig())
-    compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
     max_length = args.max_length or min(source.config.max_position_embeddings, 8192)
     warn_beyond_window(source.config, max_length)
+    # Requests have any length: the context axis takes further requests instead of parts of one.
+    mesh = sharding.for_generation(loaded.mesh)
+    with jax.set_mesh(mesh):
+        model = placement.put_params(mesh, loaded.weights, parameter_axes(loaded.weights))
     with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        lm = HarnessModel(source.load(compute, mesh), mesh, tokenizer, max_length, args.batch_tokens)
+        lm = HarnessModel(model, mesh, tokenizer, max_length, args.batch_tokens)
         try:
             found = lm_eval.simple_evaluate(
                 model=lm,
@@ -326,13 +316,12 @@ def harness(args: Harness) -> dict[str, Any]:
             )
         except (FileNotFoundError, ConnectionError) as error:  # of the data set, by a name or on the hub
             raise InputError(f"the data of {', '.join(names)} cannot be had: {f'{error}'.splitlines()[0]}") from None
-    report = {
-        "command": "harness",
-        "model": args.model,
-        "rope": f"{source.config.rope}",
-        "model_window": source.config.max_position_embeddings,
-        "original_window": source.config.original_window,
-        "protocol": {
+    results = {task: _metrics(values, found["n-samples"].get(task)) for task, values in found["results"].items()}
+    report = result.report(
+        "harness",
+        args.model,
+        source.config,
+        protocol={
             "lm_eval": lm_eval.__version__,
             "num_fewshot": args.num_fewshot,
             "limit": args.limit,
@@ -342,16 +331,13 @@ def harness(args: Harness) -> dict[str, Any]:
             "dtype": args.dtype,
             "task_versions": found["versions"],
         },
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "results": {task: _metrics(values, found["n-samples"].get(task)) for task, values in found["results"].items()},
-    }
+        results=results,
+    )
     log.info(f"{args.model}: {source.config.rope}, lm_eval {lm_eval.__version__}, {args.dtype}")
     log.info(table(report["results"]))
-    if jax.process_index() == 0:
-        if args.output:
-            cli.write_json(args.output, report)
-        if args.samples:
-            cli.write_json(args.samples, _plain(found["samples"]))
+    result.write(args.output, report)
+    if args.samples:
+        result.write(args.samples, _plain(found["samples"]))
     return report
 
 

@@ -24,9 +24,10 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli, plotting
+from pi_jax import cli, log, plotting
 from pi_jax.errors import InputError
-from pi_jax.evaluate.answers import EvaluationOptions, answer, open_generator
+from pi_jax.evaluate import result
+from pi_jax.evaluate.answers import AnswerOptions, answer, open_generator
 from pi_jax.generate import Generator
 
 HEADER = (
@@ -192,8 +193,8 @@ def _rates(generator, tokenizer, prompts: list[list[Prompt]], batch_tokens: int,
     return [float(np.mean([next(right) for _ in row])) for row in prompts]
 
 
-@dataclasses.dataclass(frozen=True)
-class Passkey(EvaluationOptions):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passkey(AnswerOptions):
     """Passkey retrieval: up to which distance the model finds a number in its input."""
 
     lengths: tuple[int, ...] = ()
@@ -250,12 +251,11 @@ def passkey(args: Passkey) -> dict[str, Any]:
         grid = measure_grid(
             generator, tokenizer, args.grid_lengths, args.grid_depths, args.trials, args.seed, args.batch_tokens
         )
-    report = {
-        "command": "passkey",
-        "model": args.model,
-        "rope": f"{config.rope}",
-        "model_window": config.max_position_embeddings,
-        "protocol": {
+    report = result.report(
+        "passkey",
+        args.model,
+        config,
+        protocol={
             "prompt": "Chen et al. 2023, Figure 3",
             **({"distances": args.distances} if results else {}),
             "trials": args.trials,
@@ -264,16 +264,14 @@ def passkey(args: Passkey) -> dict[str, Any]:
             "seed": args.seed,
             "dtype": args.dtype,
         },
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "results": results,
-        "grid": grid,
-    }
-    print(f"{args.model}: {config.rope}, {args.trials} trials, {args.dtype}")
-    print(table(report))
-    if args.figure:
+        results=results,
+        grid=grid,
+    )
+    log.info(f"{args.model}: {config.rope}, {args.trials} trials, {args.dtype}")
+    log.info(table(report))
+    if args.figure and jax.process_index() == 0:
         draw(args.figure, report)
-    if args.output:
-        cli.write_json(args.output, report)
+    result.write(args.output, report)
     return report
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 from rouge_score import rouge_scorer
@@ -21,15 +20,16 @@ from pi_jax.data.documents import Document, read_documents
 from pi_jax.data.prepare import SUMMARIZE
 from pi_jax.data.tokenizer import Prompt, load_tokenizer
 from pi_jax.errors import InputError
-from pi_jax.evaluate.answers import EvaluationOptions, answer, open_generator
+from pi_jax.evaluate import result
+from pi_jax.evaluate.answers import AnswerOptions, answer, open_generator
 from pi_jax.evaluate.perplexity.command import warn
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 """rougeL takes the whole text as one sequence; rougeLsum joins the sequences of its lines."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Summarization(EvaluationOptions):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summarization(AnswerOptions):
     """ROUGE of a model's summaries of long documents: GovReport as in the paper's Table 6."""
 
     data: tuple[str, ...] = ()
@@ -115,13 +115,11 @@ def summarization(args: Summarization) -> dict[str, Any]:
     )
     summaries = [text.strip() for text in summaries]
     means, each = rouge([d.text for d in pairs], summaries)
-    report = {
-        "command": "summarization",
-        "model": args.model,
-        "rope": f"{config.rope}",
-        "model_window": config.max_position_embeddings,
-        "original_window": config.original_window,
-        "protocol": {
+    report = result.report(
+        "summarization",
+        args.model,
+        config,
+        protocol={
             "prompt": SUMMARIZE,
             "max_input": args.max_input,
             "max_new_tokens": args.max_new_tokens,
@@ -132,17 +130,15 @@ def summarization(args: Summarization) -> dict[str, Any]:
             "rouge": "rouge-score with stemming, mean over documents",
             "dtype": args.dtype,
         },
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "results": {"documents": len(pairs), "seconds": round(time.monotonic() - started, 1), **means},
-        "summaries": [
+        results={"documents": len(pairs), "seconds": round(time.monotonic() - started, 1), **means},
+        summaries=[
             {"name": d.name, "prompt_tokens": len(p), "summary": s, **scores}
             for d, p, s, scores in zip(pairs, prompts, summaries, each, strict=True)
         ],
-    }
+    )
     log.info(f"{args.model}: {config.rope}, {len(pairs)} documents, {args.dtype}; F-measure in %")
     log.info("  ".join(f"{name} {100 * means[name]['f']:.2f}" for name in METRICS))
-    if args.output and jax.process_index() == 0:
-        cli.write_json(args.output, report)
+    result.write(args.output, report)
     return report
 
 

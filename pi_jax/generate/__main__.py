@@ -1,3 +1,5 @@
+"""`python -m pi_jax.generate`: text from a model."""
+
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -7,56 +9,45 @@ import jax
 import tyro
 
 from pi_jax import cli
-from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.errors import InputError
-from pi_jax.generate.generator import Generator, require_mesh, stop_tokens, warn_beyond_window
+from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
+from pi_jax.generate.generator import stop_tokens
 from pi_jax.generate.streaming import Stream
-from pi_jax.parallel import cluster, sharding
+from pi_jax.parallel import processes
 
 
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Text from a model, as it comes."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(ModelOptions):
+    """Generate text from a model and print it as it is produced."""
 
-    model: str
-    """Hugging Face folder, or the folder of a pi_jax run."""
     prompt: tuple[str, ...] = ()
-    """Texts to continue; several are continued side by side."""
+    """Texts to continue; several are continued as one batch."""
     prompt_file: str = ""
-    """A file whose text is one more prompt."""
+    """Read one more prompt from this file."""
     chat: bool = False
-    """Put each prompt into the tokenizer's chat template, as a message of the user."""
+    """Format each prompt with the tokenizer's chat template, as a user message."""
     max_new_tokens: int = 128
-    """Of each continuation."""
+    """Maximum number of tokens per continuation."""
     temperature: float = 0.0
-    """0: the likeliest token always."""
+    """0 always takes the most likely token; higher values sample more freely."""
     top_p: float = 1.0
-    """Draw from the smallest set of likeliest tokens that has this probability."""
+    """Sample from the smallest set of most likely tokens that has this probability."""
     seed: int = 0
-    """Of the draws."""
-    rope: RopeConfig = RopeConfig()
-    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
+    """Random seed for sampling."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the computation."""
+    """Dtype of weights and activations."""
     chunk: int = 512
-    """Tokens of a prompt that are read at once."""
-    mesh: MeshConfig = MeshConfig()
-    """Devices: prompts are split over data, fsdp and context, heads over tensor."""
-    output: str = ""
-    """Also write prompts and continuations to this JSON file."""
+    """Prefill chunk size in tokens. Lower it if a long prompt runs out of memory."""
 
 
 def generate(args: Generate) -> list[str]:
     """Runs the command; returns the continuations."""
-    from pi_jax.convert.open import open_model
-    from pi_jax.data.tokenizer import load_tokenizer
-
     cli.require_writable(args.output)
     texts = [*args.prompt, *([_read(args.prompt_file)] if args.prompt_file else [])]
     if not texts:
         raise InputError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
-    source = open_model(args.model, args.rope)
-    tokenizer = load_tokenizer(source.files)
+    loaded = LoadedModel.open(args.model, rope=args.rope, dtype=args.dtype, mesh=args.mesh)
+    source, tokenizer = loaded.source, loaded.tokenizer
     prompts = [_tokens(tokenizer, text, args.chat) for text in texts]
     highest = max((max(p, default=0) for p in prompts), default=0)
     if highest >= source.config.vocab_size:
@@ -64,13 +55,7 @@ def generate(args: Generate) -> list[str]:
             f"{source.files}: the tokenizer has token {highest}, the model's vocab_size is {source.config.vocab_size}: "
             "they do not belong together"
         )
-    length = max(map(len, prompts)) + args.max_new_tokens
-    warn_beyond_window(source.config, length)
-    mesh = sharding.make_mesh(args.mesh)
-    require_mesh(mesh, source.config)
-    with jax.set_mesh(mesh):
-        compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
-        generator = Generator(source.load(compute, mesh), mesh, max_length=max(length, 2), chunk=args.chunk)
+    generator = loaded.generator(max(map(len, prompts)) + args.max_new_tokens, args.chunk)
     stream = Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
     new = generator(
         prompts,
@@ -88,10 +73,10 @@ def generate(args: Generate) -> list[str]:
         for text, continuation in zip(texts, continuations, strict=True):
             print(f"--- {text[:60]!r}\n{continuation}")
     if args.output and jax.process_index() == 0:
-        rows = zip(texts, continuations, map(len, prompts), map(len, new), strict=True)
+        found = zip(texts, continuations, map(len, prompts), map(len, new), strict=True)
         names = ("prompt", "continuation", "prompt_tokens", "new_tokens")
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k in ("temperature", "top_p", "seed", "dtype")}
-        results = [dict(zip(names, row, strict=True)) for row in rows]
+        results = [dict(zip(names, row, strict=True)) for row in found]
         head = {"command": "generate", "model": args.model, "rope": f"{source.config.rope}"}
         cli.write_json(args.output, head | settings | {"results": results})
     return continuations
@@ -119,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def command():
         args = tyro.cli(Generate, prog="python -m pi_jax.generate", args=argv)
-        cluster.initialize()
+        processes.initialize()
         generate(args)
 
     cli.run(command)

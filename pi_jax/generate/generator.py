@@ -4,7 +4,7 @@
 
 A prompt is read in chunks through the attention hot path: only the last token's logits are ever computed, so that a
 prompt of 32k tokens never meets 32k x vocabulary numbers. Prompts of unequal length end together in the cache
-(`pi_jax.cache`), and a sequence's tokens do not depend on what it shares a batch with.
+(`pi_jax.generate.kv_cache`), and a sequence's tokens do not depend on what it shares a batch with.
 
 Shapes: B rows, S tokens of a chunk, D hidden, V vocabulary, L layers; a row is a prompt with what is generated for it.
 """

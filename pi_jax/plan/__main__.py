@@ -1,5 +1,8 @@
+"""`python -m pi_jax.plan`: does the train step fit?"""
+
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
@@ -10,7 +13,7 @@ from pi_jax.errors import InputError
 from pi_jax.parallel import sharding
 from pi_jax.plan import topology
 from pi_jax.plan.memory import as_json, plan, report, search
-from pi_jax.train import loop
+from pi_jax.train.resolve import resolve_model, with_builtin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,10 @@ def run(arguments: Arguments, config: Config) -> bool:
     cluster = topology.parse(arguments.topology)
     if arguments.output:
         cli.require_writable(arguments.output)
-    model = extend(config.model, config.rope) if config.model else loop.open_architecture(config)[0]
+    if config.model:  # a plan needs no weights: the folder of the base model may be elsewhere
+        model = extend(config.model, config.rope)
+    else:
+        model, _ = resolve_model(with_builtin(config))
     compute = config.compute
     if compute.attention == "auto" and cluster.kind in ("h100", "h200") and not topology.has_cudnn():
         log.info("cuDNN is not installed (pip install nvidia-cudnn-cu13): planned with attention pallas_triton")
@@ -52,15 +58,19 @@ def run(arguments: Arguments, config: Config) -> bool:
     return result.fits
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    arguments, rest = tyro.cli(Arguments, prog="python -m pi_jax.plan", args=argv, return_unknown_args=True)
-    if not rest:
-        raise InputError("--config is missing: name an experiment file, for example configs/7b_32k.py")
-    config, _ = parse(rest, command="plan")
-    if not run(arguments, config):
-        sys.exit(1)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+
+    def command():
+        words = list(sys.argv[1:] if argv is None else argv)
+        arguments, rest = tyro.cli(Arguments, prog="python -m pi_jax.plan", args=words, return_unknown_args=True)
+        if not rest:
+            raise InputError("--config is missing: name an experiment file, for example configs/7b_32k.py")
+        config, _ = parse(rest, command="plan")
+        if not run(arguments, config):
+            sys.exit(1)
+
+    cli.run(command)
 
 
 if __name__ == "__main__":

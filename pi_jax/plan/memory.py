@@ -1,8 +1,8 @@
 """Will it fit? The very train step, compiled for a cluster that is not here: `python -m pi_jax.plan --config FILE`.
 
 XLA's own compiler for the GPU or TPU lays out the memory of one device and says how much that takes; nothing is run and
-no device is needed (`pi_jax.topology`). Parameters, moments and gradients are counted from their shapes and partitions;
-the total is the compiler's.
+no device is needed (`pi_jax.plan.topology`). Parameters, moments and gradients are counted from their shapes and
+partitions; the total is the compiler's.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Plan:
     mesh: dict[str, int]
     rows: int
     """Rows that a device computes at a time (with others, where the sequence or the heads are split)."""
-    accumulation: int
+    gradient_accumulation_steps: int
     attention: str
     remat: str
     peak: int
@@ -55,7 +55,7 @@ class Plan:
     host: int
     """Bytes in the host's memory for one device: what is offloaded."""
     flops: float
-    """Model FLOPs of a step, all devices; the formula stands in `pi_jax.metrics`."""
+    """Model FLOPs of a step, all devices; the formula stands in `pi_jax.train.metrics`."""
     seconds: tuple[float, float]
     """A step's duration at the MFU of `MFU`."""
     collectives: dict[str, dict[str, int]] | None
@@ -247,7 +247,7 @@ def _attempt(config: Config, model: ModelConfig, cluster: Topology, rows: int) -
 def _line(p: Plan) -> str:
     mesh = ", ".join(f"{k} {v}" for k, v in p.mesh.items() if v > 1) or "one device"
     verdict = "fits" if p.fits else "does not fit"
-    return f"{p.topology} ({mesh}), {p.rows} rows x {p.accumulation}: {p.peak / GIB:.1f} GiB, {verdict}"
+    return f"{p.topology} ({mesh}), {p.rows} rows x {p.gradient_accumulation_steps}: {p.peak / GIB:.1f} GiB, {verdict}"
 
 
 def report(p: Plan, config: Config, model: ModelConfig) -> str:
@@ -257,7 +257,7 @@ def report(p: Plan, config: Config, model: ModelConfig) -> str:
     lines = [
         f"{p.topology}: {math.prod(p.mesh.values())} devices with {p.memory / GIB:.1f} GiB each, mesh {p.mesh}",
         f"{model.num_parameters() / 1e9:.2f} B parameters, {config.data.batch_size} rows of {config.data.window} "
-        f"tokens a step; {p.rows} rows at a time on a device, {p.accumulation} times",
+        f"tokens a step; {p.rows} rows at a time on a device, {p.gradient_accumulation_steps} times",
         f"attention {p.attention}, remat {p.remat}; compiled in {p.compile_seconds:.0f} s",
         "",
         "Memory of one device, GiB:",

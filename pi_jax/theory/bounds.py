@@ -3,7 +3,7 @@
 The attention score of a query and a key s tokens apart is a(s) = Re sum_j h_j exp(i s theta_j) (Eq. 3). Interpolation
 reads it between the integers that were trained, extrapolation beyond them. The paper bounds both; its constant for the
 first is too small (`interpolation_bound`). `python -m pi_jax.theory --output DIR` draws Figures 2 and 5 and prints the
-tables; with `--model` and `--text` it also measures how large h and a(s) are in a real model (`pi_jax.scores`).
+tables; with `--model` and `--text` `pi_jax.theory.measured` shows how large h and a(s) are in a real model.
 
 Everything here is float64. Shapes: H head size, R = H/2 rotated pairs.
 """

@@ -1,6 +1,6 @@
 """The attention scores of a real model, taken apart: what the theory of interpolation assumes, measured.
 
-The paper bounds |a(s)| by max|h_j| (see `pi_jax.theory`) but never looks at a model's h. Here queries and keys are
+The paper bounds |a(s)| by max|h_j| (`pi_jax.theory.bounds`) but never looks at a model's h. Here queries and keys are
 taken from one pass over a text, and every pair is moved to distances inside the window, beyond it, and beyond it with
 interpolation: what the score of the same two tokens would be there. Scores keep their sign: only a large positive one
 wins the softmax. `python -m pi_jax.theory --output DIR --model PATH --text FILE` is the command.

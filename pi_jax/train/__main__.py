@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 from pi_jax import cli
 from pi_jax.config import parse
-from pi_jax.parallel import cluster
+from pi_jax.parallel import processes
 from pi_jax.train.loop import train
 
 
@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def command():
         config, base = parse(argv)
-        cluster.initialize()
+        processes.initialize()
         train(config, base)
 
     cli.run(command)

@@ -63,7 +63,7 @@ def check_sizes(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> 
     rows_each, parts = config.data.batch_size // sharding.batch_shards(mesh), config.compute.gradient_accumulation_steps
     if rows_each % parts:
         raise InputError(
-            f"compute.gradient_accumulation_steps is {parts}, which does not divide the {rows_each} sequences per device "
+            f"compute.gradient_accumulation_steps is {parts}, not a divisor of the {rows_each} sequences per device "
             f"(batch size {config.data.batch_size} over {sharding.batch_shards(mesh)} data-parallel shards)"
         )
     shards = mesh.shape["context"]

@@ -1,176 +1,189 @@
 """The training run, top to bottom: `python -m pi_jax.train --config configs/tiny.py`.
 
 Starts from, in this order: the run's own latest checkpoint, `train.init_from`, random weights. The batch of a step is a
-pure function of the config and the step, so a resumed run goes on with the text it would have read.
+pure function of the config and the step, so a resumed run continues with the text it would have read.
 """
 
-import dataclasses
+import contextlib
 import functools
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from pi_jax import cli, log, tiny
+from pi_jax import cli, log
 from pi_jax.checkpoint import Checkpoints
-from pi_jax.config import BUILTIN, Config, describe, flatten
-from pi_jax.convert.formats import hf
+from pi_jax.config import Config, describe, flatten
+from pi_jax.convert.folders import read_json
 from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
-from pi_jax.convert.open import open_model
-from pi_jax.data.pipeline import open_pipeline
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
-from pi_jax.parallel import cluster, placement, sharding
+from pi_jax.parallel import placement, processes
 from pi_jax.train import metrics
 from pi_jax.train.abstract import abstract_model, abstract_state, columns
-from pi_jax.train.eval_hook import Evaluation
-from pi_jax.train.optimizer import learning_rate, make_optimizer
-from pi_jax.train.resolve import check, open_architecture, stated_window, with_builtin
+from pi_jax.train.optimizer import learning_rate
+from pi_jax.train.resolve import Experiment, resolve
 from pi_jax.train.run_folder import export, require_folder, write_run_files
 from pi_jax.train.step import TrainState, init_train_state, make_step
 
 
-def train(config: Config, base: Config) -> dict[str, Any]:
+def train(config: Config, base: Config | None = None) -> dict[str, Any]:
     """Runs an experiment.
 
     Args:
       config: what to run.
-      base: the config file's own values, to show the difference.
+      base: the config file's own values, to report what the command line changed.
 
     Returns:
       The final losses and, where there is held-out text, perplexities.
 
     Raises:
-      InputError: for anything the user can put right, before the first step.
+      InputError: for anything the user can fix, before the first step.
+      FloatingPointError: if the loss is not finite.
     """
-    # ---- Inputs: everything that can be wrong is found here, before any time is spent.
+    experiment = resolve(config)
     output = pathlib.Path(config.train.output)
-    summary = describe(config, base)
-    if BUILTIN in (*config.data.sources, *config.evaluate.data, config.train.init_from):
-        config = with_builtin(config, tiny.tiny_inputs())
-    model_config, files = open_architecture(config)
-    pipeline = open_pipeline(config.data)
-    files = files or pipeline.tokenizer_dir
-    mesh = sharding.make_mesh(config.mesh)
-    check(config, model_config, pipeline, files, mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    evaluation = Evaluation(config, model_config, files)
     require_folder(output)
-    cluster.require_same("the config", f"{config}")
-    cluster.require_shared(output)
-    log.info(summary)
-    log.info(f"Model: {model_config.num_parameters():,} parameters, {model_config.rope}; mesh {dict(mesh.shape)}")
-    log.info(f"Data: {pipeline.steps_per_epoch:.1f} steps an epoch, {config.train.steps} steps wanted")
-    resumes = {"data": pipeline.fingerprint, "model": f"{model_config}"}
-
+    processes.require_same("the config", f"{experiment.config}")
+    processes.require_shared(output)
+    model, pipeline, mesh = experiment.model, experiment.pipeline, experiment.mesh
+    log.info(describe(config, base or config))
+    log.info(f"Model: {model.num_parameters():,} parameters, {model.rope}; mesh {dict(mesh.shape)}")
+    log.info(f"Data: {pipeline.steps_per_epoch:.1f} steps per epoch, {config.train.steps} steps to run")
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
-        cluster.preemption_requested() as preemption_requested,
+        processes.preemption_requested() as preempted,
         Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints,
     ):
-        # ---- State.
-        state = _start(config, model_config, mesh, optimizer, checkpoints, resumes)
-        first = int(state.step)
-        if first == config.train.steps and (output / "result.json").exists():
-            log.info(f"All {first} steps are done already; the result is in {output}")
-            return hf.read_json(output / "result.json")
+        state = _initial_state(experiment, checkpoints)
+        if int(state.step) == config.train.steps and (output / "result.json").exists():
+            log.info(f"All {config.train.steps} steps are done already; the result is in {output}")
+            return read_json(output / "result.json")
         if jax.process_index() == 0:
-            write_run_files(output, config, model_config, files)
-        step_fn = make_step(optimizer)
-        rate = learning_rate(config.optimizer, config.train.steps)
-        tokens_per_step = config.data.batch_size * config.data.window
-        flops_per_step = tokens_per_step * metrics.flops_per_token(model_config, config.data.window)
-        peak = metrics.peak_flops(config.logging)
-
-        # ---- Loop.
-        rows, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
-        window_values, since = [], time.monotonic()
-        last_log = first
-        with metrics.Metrics(output, config.logging, flatten(config), first) as logger:
-            if first == 0 and config.evaluate.every:
-                evaluation(state.model, mesh, 0, logger)
-                since = time.monotonic()
-            for index, batch in zip(range(first, config.train.steps), pipeline.iterate(first, rows), strict=False):
-                batch = {k: batch[k] for k in names}
-                state, values = step_fn(state, placement.put_batch(mesh, batch, rows.start, config.data.batch_size))
-                window_values.append(values)
-                step = index + 1
-                if step == first + 1 or step % config.logging.every == 0 or step == config.train.steps:
-                    # The only place that waits for the device.
-                    means = {k: float(np.mean([jax.device_get(v[k]) for v in window_values])) for k in values}
-                    seconds = time.monotonic() - since
-                    done = (step - last_log) / seconds
-                    means |= {
-                        "learning_rate": float(rate(index)),
-                        "tokens_per_second": done * tokens_per_step,
-                        "tflops_per_second": done * flops_per_step / 1e12,
-                        "tokens": step * tokens_per_step,
-                    }
-                    if peak:
-                        means["mfu"] = done * flops_per_step / peak
-                    if not np.isfinite(means["loss"]):
-                        raise FloatingPointError(f"the loss is {means['loss']} by step {step}: stopped, nothing saved")
-                    logger.write(step, means)
-                    left = (config.train.steps - step) / done
-                    compiling = "  (with compilation)" if step == first + 1 else ""
-                    log.info(metrics.console_line(step, config.train.steps, means, left) + compiling)
-                    window_values, since, last_log = [], time.monotonic(), step
-                stop = preemption_requested(step) and step < config.train.steps
-                checkpoints.save(step, state, resumes, last=stop or step == config.train.steps)
-                if stop:
-                    log.info(f"Told to stop: saved at step {step}; the same command goes on from here")
-                    sys.exit(cluster.REQUEUE)
-                if config.evaluate.every and step % config.evaluate.every == 0 and step < config.train.steps:
-                    jax.block_until_ready(state)  # what the device still owes is training time
-                    started = time.monotonic()
-                    evaluation(state.model, mesh, step, logger)
-                    since += time.monotonic() - started
-                if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
-                    before = time.monotonic()
-                    if jax.process_count() > 1:  # exported from there, by process 0
-                        checkpoints.save(step, state, resumes, last=True)
-                    if jax.process_index() == 0:
-                        export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
-                    since += time.monotonic() - before  # no part of the training rate
-
-            # ---- Result.
-            result = {"steps": config.train.steps, "final": means if first < config.train.steps else None}
-            result |= evaluation(state.model, mesh, config.train.steps, logger)
+            write_run_files(output, experiment.config, model, experiment.tokenizer)
+        with metrics.Metrics(output, config.logging, flatten(experiment.config), int(state.step)) as logger:
+            result = _run(experiment, state, checkpoints, logger, preempted)
     if jax.process_index() == 0:
         cli.write_json(str(output / "result.json"), result)
     log.info(
-        f"Done. Weights, log and result are in {output}; hand them over with\n"
+        f"Done. Weights, log and result are in {output}; export the model with\n"
         f"  python -m pi_jax.convert --source {output} --target {output}-hf --format hf"
     )
     return result
 
 
-def _start(config, model_config, mesh, optimizer, checkpoints, resumes) -> TrainState:
-    template = abstract_model(model_config, config.compute, mesh)
+def _initial_state(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+    """The state of the latest checkpoint; else the base model or random weights, at step 0."""
+    config, mesh, optimizer = experiment.config, experiment.mesh, experiment.optimizer
+    template = abstract_model(experiment.model, config.compute, mesh)
     if checkpoints.steps():
         restored = checkpoints.restore(abstract_state(template, optimizer, mesh))
         for reason in restored.skipped:
-            log.info(f"Left out checkpoint of {reason}")
-        for what, now in resumes.items():
-            if restored.metadata.get(what) != now:
+            log.info(f"Skipped a checkpoint: {reason}")
+        for field, now in experiment.identity.items():
+            before = restored.metadata.get(field, now)  # a field that an older version did not record has not changed
+            if before != now:
                 raise InputError(
-                    f"{config.train.output} holds checkpoints of a run with other {what} settings: use those of its "
-                    "config.json, or give the new run another train.output"
+                    f"{config.train.output} holds checkpoints of a run with {field} {before}, but the config has "
+                    f"{now}: restore the setting, or give the new run another train.output"
                 )
         if restored.step > config.train.steps:
             raise InputError(f"train.steps is {config.train.steps}, but {config.train.output} is at {restored.step}")
         log.info(f"Resumed from step {restored.step}")
         return restored.state
-    if config.train.init_from:
+    if experiment.source:
         log.info(f"Reading weights from {config.train.init_from}")
-        source = open_model(config.train.init_from, window=stated_window(config.model))
-        source = dataclasses.replace(source, config=model_config)
-        return init_train_state(source.load(config.compute, mesh), optimizer)
+        return init_train_state(experiment.source.load(config.compute, mesh), optimizer)
     log.info("Starting from random weights")
-    places = jax.tree.map(lambda x: x.sharding, template)
-    make = jax.jit(functools.partial(Llama, model_config, config.compute), out_shardings=places)
+    shardings = jax.tree.map(lambda x: x.sharding, template)
+    make = jax.jit(functools.partial(Llama, experiment.model, config.compute), out_shardings=shardings)
     return init_train_state(make(jax.random.key(config.train.seed)), optimizer)
+
+
+def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, logger, preempted) -> dict[str, Any]:
+    """All steps from that of `state` on, with their logging, checkpoints, evaluations and exports."""
+    config, mesh, evaluation = experiment.config, experiment.mesh, experiment.evaluation
+    output, steps = pathlib.Path(config.train.output), config.train.steps
+    step_fn, identity = make_step(experiment.optimizer), experiment.identity
+    rows, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
+    first = int(state.step)
+    if first == 0 and config.evaluate.every:
+        evaluation(state.model, mesh, 0, logger)
+    clock = _Clock(experiment, first)
+    means = None
+    for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, rows), strict=False):
+        step = index + 1
+        batch = {k: batch[k] for k in names}
+        state, values = step_fn(state, placement.put_batch(mesh, batch, rows.start, config.data.batch_size))
+        clock.add(values)
+        if step == first + 1 or step % config.logging.every == 0 or step == steps:
+            means = clock.means(step)  # the only place that waits for the device
+            if not np.isfinite(means["loss"]):
+                raise FloatingPointError(f"the loss is {means['loss']} by step {step}: stopped, nothing saved")
+            logger.write(step, means)
+            compiling = "  (with compilation)" if step == first + 1 else ""
+            log.info(metrics.console_line(step, steps, means, clock.seconds_left(step)) + compiling)
+        stop = preempted(step) and step < steps
+        checkpoints.save(step, state, identity, last=stop or step == steps)
+        if stop:
+            log.info(f"Preempted: saved at step {step}; run the same command to resume")
+            sys.exit(processes.REQUEUE)
+        if config.evaluate.every and step % config.evaluate.every == 0 and step < steps:
+            jax.block_until_ready(state)  # pending device work counts as training time
+            with clock.paused():
+                evaluation(state.model, mesh, step, logger)
+        if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
+            with clock.paused():
+                if jax.process_count() > 1:  # process 0 exports from the checkpoint
+                    checkpoints.save(step, state, identity, last=True)
+                if jax.process_index() == 0:
+                    export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
+    return {"steps": steps, "final": means, **evaluation(state.model, mesh, steps, logger)}
+
+
+class _Clock:
+    """Means of the logged values and the rate since the last log line; evaluations and exports do not count."""
+
+    def __init__(self, experiment: Experiment, first: int):
+        config = experiment.config
+        self._steps, self._rate = config.train.steps, learning_rate(config.optimizer, config.train.steps)
+        self._tokens = config.data.batch_size * config.data.window
+        self._flops = self._tokens * metrics.flops_per_token(experiment.model, config.data.window)
+        self._peak = metrics.peak_flops(config.logging)
+        self._values, self._since, self._last = [], time.monotonic(), first
+        self._per_second = float("nan")
+
+    def add(self, values: dict[str, jax.Array]) -> None:
+        """Records the values of a step without waiting for them."""
+        self._values.append(values)
+
+    def means(self, step: int) -> dict[str, float]:
+        """What is logged at a step: means since the last call, and rates. Waits for the device."""
+        means = {k: float(np.mean([jax.device_get(v[k]) for v in self._values])) for k in self._values[0]}
+        self._per_second = (step - self._last) / (time.monotonic() - self._since)
+        means |= {
+            "learning_rate": float(self._rate(step - 1)),
+            "tokens_per_second": self._per_second * self._tokens,
+            "tflops_per_second": self._per_second * self._flops / 1e12,
+            "tokens": step * self._tokens,
+        }
+        if self._peak:
+            means["mfu"] = self._per_second * self._flops / self._peak
+        self._values, self._since, self._last = [], time.monotonic(), step
+        return means
+
+    def seconds_left(self, step: int) -> float:
+        """Time to the last step at the latest rate."""
+        return (self._steps - step) / self._per_second
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time inside."""
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started

@@ -1,19 +1,92 @@
+"""From a config to an experiment that can run: everything that can be wrong is found here, before any time is spent."""
+
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
+import optax
 
+from pi_jax import tiny
 from pi_jax.config import BUILTIN, Config, ModelConfig, extend
 from pi_jax.convert.folders import TOKENIZER_FILES
-from pi_jax.convert.open import open_model
-from pi_jax.data.pipeline import Pipeline
+from pi_jax.convert.open import Source, open_model
+from pi_jax.data.pipeline import Pipeline, open_pipeline
+from pi_jax.data.tokenizer import TokenizerInfo, load_tokenizer
 from pi_jax.errors import InputError
 from pi_jax.model.loss import batch_loss
+from pi_jax.parallel import sharding
 from pi_jax.train.abstract import abstract_batch, abstract_model, check_sizes
+from pi_jax.train.eval_hook import Evaluation
+from pi_jax.train.optimizer import make_optimizer
+
+# Fields of `ModelConfig` that must be the same when a run resumes. A new one belongs here if it changes the function
+# that the weights compute.
+_MODEL_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 
 
-def with_builtin(config: Config, paths: dict[str, str]) -> Config:
-    """The config with the paths that `builtin:tiny` stands for."""
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config with everything it names opened and checked."""
+
+    config: Config
+    """The config, with paths in place of `builtin:tiny`."""
+    model: ModelConfig
+    """The architecture, extended as `rope` says."""
+    source: Source | None
+    """The base model; None: the run starts from random weights."""
+    tokenizer: str
+    """Folder with the tokenizer's files."""
+    pipeline: Pipeline
+    mesh: jax.sharding.Mesh
+    optimizer: optax.GradientTransformation
+    evaluation: Evaluation
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to resume, by field."""
+        model = {f"model.{name}": getattr(self.model, name) for name in _MODEL_FIELDS}
+        return self.pipeline.identity | model | {"rope": f"{self.model.rope}"}
+
+
+def resolve(config: Config) -> Experiment:
+    """Opens and checks everything that a config names; writes nothing.
+
+    Raises:
+      InputError: for anything the user can fix.
+    """
+    config = with_builtin(config)
+    model, source = resolve_model(config)
+    pipeline = open_pipeline(config.data)
+    own = source.tokenizer if source else ""
+    mesh = sharding.make_mesh(config.mesh)
+    _check_data(config, model, pipeline, own)
+    check_sizes(config, model, mesh)
+    # The loss is traced, not computed, so that an attention backend refuses its arguments now.
+    with jax.set_mesh(mesh):
+        jax.eval_shape(batch_loss, abstract_model(model, config.compute, mesh), abstract_batch(config.data, mesh))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    tokenizer = own or pipeline.tokenizer_dir
+    evaluation = Evaluation(config, model, tokenizer)
+    return Experiment(config, model, source, tokenizer, pipeline, mesh, optimizer, evaluation)
+
+
+def with_builtin(config: Config) -> Config:
+    """The config with the paths that `builtin:tiny` stands for; they are made at the first use."""
+    if BUILTIN not in (*config.data.sources, *config.evaluate.data, config.train.init_from):
+        return config
+    paths = tiny.tiny_inputs()
     sources = tuple(paths["tokens"] if s == BUILTIN else s for s in config.data.sources)
     heldout = tuple(paths["heldout"] if s == BUILTIN else s for s in config.evaluate.data)
     base = paths["model"] if config.train.init_from == BUILTIN else config.train.init_from
@@ -25,41 +98,40 @@ def with_builtin(config: Config, paths: dict[str, str]) -> Config:
     )
 
 
-def open_architecture(config: Config) -> tuple[ModelConfig, str]:
-    """The architecture to train, extended as `rope` says, and the folder with its tokenizer ("": that of the data)."""
-    model, files = config.model, ""
+def resolve_model(config: Config) -> tuple[ModelConfig, Source | None]:
+    """The architecture to train, extended as `rope` says, and the base model it starts from, if any.
+
+    Raises:
+      InputError: if the folder cannot be read, disagrees with `model`, or neither is given.
+    """
+    model, source = config.model, None
     if config.train.init_from:
-        source = open_model(config.train.init_from, window=stated_window(model))
-        files = source.tokenizer
-        if model is not None:
-            for field in dataclasses.fields(ModelConfig):
-                ours, theirs = getattr(model, field.name), getattr(source.config, field.name)
-                if ours != theirs and field.name not in ("bos_token_id", "eos_token_id"):
-                    raise InputError(
-                        f"model.{field.name} is {ours} but {config.train.init_from} has {theirs}: correct the config, "
-                        "or leave `model` out of it"
-                    )
+        # Meta's folders do not say their window: the config does.
+        source = open_model(config.train.init_from, window=model.max_position_embeddings if model else 0)
+        for field in dataclasses.fields(ModelConfig) if model else ():
+            ours, theirs = getattr(model, field.name), getattr(source.config, field.name)
+            if ours != theirs and field.name not in ("bos_token_id", "eos_token_id"):
+                raise InputError(
+                    f"model.{field.name} is {ours} but {config.train.init_from} has {theirs}: correct the config, or "
+                    "leave `model` out of it"
+                )
         model = source.config
     if model is None:
         raise InputError("neither `model` nor train.init_from is given: say what to train")
-    return extend(model, config.rope), files
+    extended = extend(model, config.rope)
+    return extended, source and dataclasses.replace(source, config=extended)
 
 
-def stated_window(model: ModelConfig | None) -> int:
-    """The base window as the config states it, for Meta's folders, which do not; 0: it does not say."""
-    return model.max_position_embeddings if model else 0
-
-
-def check(config: Config, model: ModelConfig, pipeline: Pipeline, files: str, mesh: jax.sharding.Mesh) -> None:
+def _check_data(config: Config, model: ModelConfig, pipeline: Pipeline, tokenizer: str) -> None:
     if pipeline.vocab_size > model.vocab_size:
         raise InputError(
             f"{config.data.sources[0]} was tokenized with {pipeline.vocab_size} tokens, but the model's vocab_size is "
             f"{model.vocab_size}: prepare the text with the model's own tokenizer"
         )
-    if config.train.init_from and files and vocab_hash(files) not in (None, pipeline.vocab_hash):
+    if tokenizer and _vocab_hash(tokenizer) not in (None, pipeline.vocab_hash):
         raise InputError(
             f"{config.data.sources[0]} was made with another tokenizer than that of {config.train.init_from}: "
-            f"prepare the text with --tokenizer {files}"
+            f"prepare the text with --tokenizer {tokenizer}"
         )
     if config.rope.kind != "default" and config.data.reach > model.max_position_embeddings:
         need = config.data.reach / model.original_window
@@ -68,15 +140,9 @@ def check(config: Config, model: ModelConfig, pipeline: Pipeline, files: str, me
             f"data.{field} is {config.data.reach}, but rope.factor {config.rope.factor:g} stretches the base window of "
             f"{model.original_window} to {model.max_position_embeddings}: the factor must be at least {need:g}"
         )
-    check_sizes(config, model, mesh)
-    # One loss is traced, not computed: what an attention backend refuses is said before anything is written.
-    with jax.set_mesh(mesh):
-        jax.eval_shape(batch_loss, abstract_model(model, config.compute, mesh), abstract_batch(config.data, mesh))
 
 
-def vocab_hash(files: str) -> str | None:
-    from pi_jax.data.tokenizer import TokenizerInfo, load_tokenizer
-
-    if not any((pathlib.Path(files) / name).is_file() for name in TOKENIZER_FILES):
+def _vocab_hash(folder: str) -> str | None:
+    if not any((pathlib.Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return TokenizerInfo.of(files, load_tokenizer(files).get_vocab()).vocab_hash
+    return TokenizerInfo.of(folder, load_tokenizer(folder).get_vocab()).vocab_hash

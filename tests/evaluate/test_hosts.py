@@ -17,12 +17,12 @@ if int(sys.argv[2]) > 1:
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", int(sys.argv[2]), int(sys.argv[1]),
                                cluster_detection_method="deactivate")
 from types import SimpleNamespace
-from pi_jax import sharding
+from pi_jax.parallel import sharding
 from pi_jax.config import ComputeConfig, MeshConfig
-from pi_jax.convert.sources import open_model
-from pi_jax.data.prepare import load_tokenizer
+from pi_jax.convert.open import open_model
+from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.evaluate.harness import HarnessModel
-from pi_jax.evaluate.sliding import score_documents
+from pi_jax.evaluate.perplexity.sliding import score_documents
 
 source = open_model(sys.argv[4])
 mesh = sharding.make_mesh(MeshConfig(data=2))

@@ -1,7 +1,7 @@
 """Sliding-window perplexity, every token scored exactly once.
 
 Five different things carry this name. This one: perplexity is exp(sum of losses / tokens scored) over all documents,
-which are never joined; the windows are those of `pi_jax.evaluate.sliding`. No BOS is prepended unless asked for.
+which are never joined; `pi_jax.evaluate.perplexity.sliding` has the windows. No BOS is prepended unless asked for.
 (Press et al. 2021 after Chen et al. 2023, section 3.1; weighting as in PoSE.) Beside it stands what YaRN's evaluator
 calls perplexity: exp of the mean over windows of each window's mean loss.
 
@@ -24,11 +24,12 @@ import tyro
 from tqdm import tqdm
 
 from pi_jax import cli, log
-from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
+from pi_jax.config import ModelConfig
 from pi_jax.errors import InputError
+from pi_jax.evaluate import result
+from pi_jax.evaluate.loaded import LoadedModel, ModelOptions, require_vocabulary
 from pi_jax.evaluate.perplexity.sliding import Partial, Window, identity, plan_windows, score_documents
 from pi_jax.model import Llama
-from pi_jax.parallel import sharding
 
 _CHARACTERS_A_TOKEN = 64
 """Of a text whose first tokens are wanted, this many characters a token are tokenized first."""
@@ -100,15 +101,6 @@ def _exp(loss: float) -> float:
 def default_edges(longest: int) -> list[int]:
     """Powers of two from 256 on."""
     return [2**i for i in range(8, max(9, longest.bit_length()))]
-
-
-def require_vocabulary(tokenizer: Any, folder: str, vocab_size: int) -> None:
-    """Checks that the model has an embedding for each of the tokenizer's tokens."""
-    if len(tokenizer.get_vocab()) > vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
-            f"{vocab_size}: they do not belong together"
-        )
 
 
 def read_tokens(
@@ -250,8 +242,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         + [_number(b["perplexity"]) for b in r["by_position"]]
         for r in results
     ]
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [heads, *rows])
+    return result.table([heads, *rows])
 
 
 def _short(n: int) -> str:
@@ -262,12 +253,10 @@ def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.2f}" if x < 1000 else f"{x:.3g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Perplexity:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perplexity(ModelOptions):
     """Sliding-window perplexity of a model on text: every token scored once, by token, by window and by document."""
 
-    model: str
-    """Hugging Face folder, or the folder of a pi_jax run."""
     data: tuple[str, ...]
     """Text files, folders or globs: .txt, .jsonl(.gz, .zst), .parquet."""
     windows: tuple[int, ...]
@@ -281,10 +270,6 @@ class Perplexity:
     bos: BosPolicy = "none"
     """Where the model's BOS token stands: nowhere, before every document, or before every window (which then holds one
     token of text fewer, as in YaRN's evaluator)."""
-    rope: RopeConfig = RopeConfig()
-    """Scaling to stamp on a model that has none: interpolation without fine-tuning."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
     text_field: str = "text"
     """Field of .jsonl and .parquet."""
     output: str = ""
@@ -299,10 +284,10 @@ class Perplexity:
 
 def perplexity(args: Perplexity) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
-    from pi_jax.convert.open import open_model
-
-    cli.require_writable(args.output)
-    source = open_model(args.model, args.rope)
+    loaded = LoadedModel.for_evaluation(args)
+    source, shards = loaded.source, loaded.mesh.shape["context"]
+    if uneven := [window for window in args.windows if window % shards]:
+        raise InputError(f"window {uneven[0]} does not divide over mesh.context {shards}: choose a multiple of it")
     names, documents = read_tokens(args.data, source.files, source.config.vocab_size, args.max_tokens, args.text_field)
     bos = source.config.bos_token_id
     if args.bos != "none" and bos is None:
@@ -311,14 +296,11 @@ def perplexity(args: Perplexity) -> dict[str, Any]:
         documents = [np.concatenate([[bos], tokens]) for tokens in documents]
     check_windows(documents, args.windows, args.stride)
     warn_about_windows(source.config, names, documents, args.windows)
-    mesh = sharding.make_mesh(MeshConfig())
-    compute = ComputeConfig(dtype=args.dtype, param_dtype=args.dtype, remat="none")
     partial = f"{args.output}.partial" if args.output else ""
-    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
-        model = source.load(compute, mesh)
+    with loaded.computing() as model:
         results = evaluate_model(
             model,
-            mesh,
+            loaded.mesh,
             names,
             documents,
             args.windows,
@@ -332,24 +314,21 @@ def perplexity(args: Perplexity) -> dict[str, Any]:
         f"stride {args.stride}, {args.dtype}; perplexity by position in the document"
     )
     log.info(table(results))
-    report = {
-        "command": "perplexity",
-        "model": args.model,
-        "rope": f"{source.config.rope}",
-        "model_window": source.config.max_position_embeddings,
-        "original_window": source.config.original_window,
-        "protocol": {
+    report = result.report(
+        "perplexity",
+        args.model,
+        source.config,
+        protocol={
             "bos": args.bos,
             "stride": args.stride,
             "average": "perplexity: tokens; window_mean_perplexity: windows (YaRN)",
             "dtype": args.dtype,
             "max_tokens": args.max_tokens,
         },
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "results": results,
-    }
+        results=results,
+    )
+    result.write(args.output, report)
     if args.output and jax.process_index() == 0:
-        cli.write_json(args.output, report)
         pathlib.Path(partial).unlink(missing_ok=True)
     return report
 

@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli
+from pi_jax import cli, log
 from pi_jax.errors import InputError
-from pi_jax.evaluate.answers import EvaluationOptions, answer, open_generator
+from pi_jax.evaluate import result
+from pi_jax.evaluate.answers import AnswerOptions, answer, open_generator
 from pi_jax.evaluate.ruler.tasks import TASKS, THRESHOLD, make_samples, score
 
 
-@dataclasses.dataclass(frozen=True)
-class Ruler(EvaluationOptions):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ruler(AnswerOptions):
     """The synthetic tasks of RULER that need no download."""
 
     lengths: tuple[int, ...] = (4096, 8192)
@@ -69,12 +69,11 @@ def ruler(args: Ruler) -> dict[str, Any]:
             scores[task] = float(np.mean([score(t, s.answers) for t, (_, s) in zip(texts, made, strict=True)]))
             shown.append({"length": length, "task": task, "answer": texts[0], "right": list(made[0][1].answers)})
         results.append({"length": length, "average": float(np.mean(list(scores.values()))), "tasks": scores})
-    report = {
-        "command": "ruler",
-        "model": args.model,
-        "rope": f"{config.rope}",
-        "model_window": config.max_position_embeddings,
-        "protocol": {
+    report = result.report(
+        "ruler",
+        args.model,
+        config,
+        protocol={
             "tasks": list(tasks),
             "samples": args.samples,
             "decoding": "greedy",
@@ -83,15 +82,13 @@ def ruler(args: Ruler) -> dict[str, Any]:
             "seed": args.seed,
             "dtype": args.dtype,
         },
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "effective_length": effective_length(results),
-        "results": results,
-        "first_answers": shown,
-    }
-    print(f"{args.model}: {config.rope}, {args.samples} samples a task and length, {args.dtype}; score, 0 to 100")
-    print(table(report))
-    if args.output:
-        cli.write_json(args.output, report)
+        effective_length=effective_length(results),
+        results=results,
+        first_answers=shown,
+    )
+    log.info(f"{args.model}: {config.rope}, {args.samples} samples a task and length, {args.dtype}; score, 0 to 100")
+    log.info(table(report))
+    result.write(args.output, report)
     return report
 
 
@@ -111,8 +108,8 @@ def table(report: dict[str, Any]) -> str:
     rows = [[name, *(f"{r['tasks'][name]:.1f}" for r in results)] for name in results[0]["tasks"]]
     rows.append(["average", *(f"{r['average']:.1f}" for r in results)])
     head = ["task", *(str(r["length"]) for r in results)]
-    lines = [f"{name:16}" + "".join(x.rjust(9) for x in values) for name, *values in [head, *rows]]
-    return "\n".join([*lines, f"effective length (average of at least {THRESHOLD}): {report['effective_length']}"])
+    summary = f"effective length (average of at least {THRESHOLD}): {report['effective_length']}"
+    return f"{result.table([head, *rows], left=1)}\n{summary}"
 
 
 def _read(paths: Sequence[str]) -> str:

@@ -1,0 +1,194 @@
+"""A model that is ready to score and continue text: what every evaluation and `generate` start from."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from pi_jax import cli
+from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
+from pi_jax.convert.open import Source, open_model
+from pi_jax.data.tokenizer import load_tokenizer
+from pi_jax.errors import InputError
+from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
+from pi_jax.generate import Generator, require_mesh, stop_tokens, warn_beyond_window
+from pi_jax.model import Llama
+from pi_jax.parallel import placement, sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is evaluated, and how it is computed."""
+
+    model: str
+    """Hugging Face folder, Meta folder, or the folder of a pi_jax run."""
+    rope: RopeConfig = RopeConfig()
+    """Scaling to apply to a model that has none: interpolation without fine-tuning."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations; bfloat16 halves the memory and rounds the results."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis: sequences are split over data and fsdp, heads over tensor."""
+    output: str = ""
+    """Also write the result to this JSON file."""
+
+
+class LoadedModel:
+    """A model with its tokenizer, on a mesh, in one precision.
+
+    The folder, the mesh and the tokenizer are checked when it is opened; weights are read at their first use, so that
+    bad input is refused before the long part.
+    """
+
+    def __init__(self, source: Source, compute: ComputeConfig, mesh: jax.sharding.Mesh, tokenizer: Any):
+        self.source, self.compute, self.mesh, self.tokenizer = source, compute, mesh, tokenizer
+
+    @classmethod
+    def open(
+        cls, path: str, *, rope: RopeConfig = RopeConfig(), dtype: str = "float32", mesh: MeshConfig = MeshConfig()
+    ) -> "LoadedModel":
+        """Opens a model folder.
+
+        Args:
+          path: Hugging Face folder, Meta folder, or the folder of a pi_jax run.
+          rope: scaling to apply to a model that has none.
+          dtype: of weights and activations, "float32" or "bfloat16".
+          mesh: devices along each axis; by default all of them along fsdp.
+
+        Raises:
+          InputError: if the folder is no model, its tokenizer cannot be read, or its sizes do not divide over the mesh.
+        """
+        source = open_model(path, rope)
+        tokenizer = load_tokenizer(source.files)
+        devices = sharding.make_mesh(mesh)
+        require_mesh(devices, source.config)
+        return cls(source, ComputeConfig(dtype=dtype, param_dtype=dtype, remat="none"), devices, tokenizer)
+
+    @classmethod
+    def for_evaluation(cls, options: ModelOptions) -> "LoadedModel":
+        """Opens the model of a command: its output must be writable, and each token must have an embedding.
+
+        Raises:
+          InputError: as `open`, and for an output or a vocabulary that does not fit.
+        """
+        cli.require_writable(options.output)
+        loaded = cls.open(options.model, rope=options.rope, dtype=options.dtype, mesh=options.mesh)
+        require_vocabulary(loaded.tokenizer, loaded.source.files, loaded.config.vocab_size)
+        return loaded
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture, scaled as it is computed."""
+        return self.source.config
+
+    @functools.cached_property
+    def weights(self) -> Llama:
+        """The model with its weights on the mesh; read at the first use."""
+        with jax.set_mesh(self.mesh):
+            return self.source.load(self.compute, self.mesh)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[Llama]:
+        """Gives the weights with the mesh set and float32 products exact (no TF32)."""
+        weights = self.weights
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision("float32"):
+            yield weights
+
+    def generator(self, max_length: int, chunk: int = 512) -> Generator:
+        """A generator for prompts and continuations of up to `max_length` tokens together."""
+        warn_beyond_window(self.config, max_length)
+        with jax.set_mesh(self.mesh):
+            return Generator(self.weights, self.mesh, max_length=max(max_length, 2), chunk=chunk)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues texts; greedy by default.
+
+        Args:
+          prompts: texts to continue, side by side.
+          max_new_tokens: at most so many tokens per continuation.
+          temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
+          top_p: sample from the smallest set of tokens that has this probability.
+          seed: seed of the sampling.
+
+        Raises:
+          InputError: for an empty prompt, or a token without an embedding.
+        """
+        tokens = [list(self.tokenizer(text)["input_ids"]) for text in prompts]
+        generator = self.generator(max(map(len, tokens), default=0) + max_new_tokens)
+        stops = stop_tokens(self.config, self.tokenizer)
+        new = generator(tokens, max_new_tokens, stop_tokens=stops, temperature=temperature, top_p=top_p, seed=seed)
+        return [self.tokenizer.decode(continuation, skip_special_tokens=True) for continuation in new]
+
+    def loglikelihood(self, text: str) -> Float[np.ndarray, " S-1"]:
+        """Log-probability in nats of each token of a text but the first, given the tokens before it.
+
+        No special tokens are added. The tokens are those of `self.tokenizer(text, add_special_tokens=False)`.
+
+        Raises:
+          InputError: for a text of fewer than two tokens, or a token without an embedding.
+        """
+        ids = self._encode(text)
+        length = -(-len(ids) // self.mesh.shape["context"]) * self.mesh.shape["context"]
+        rows = sequences_per_batch(self.mesh, length, length, 1)
+        tokens = np.zeros((rows, length), np.int32)
+        tokens[0, : len(ids)] = ids
+        with self.computing() as weights:
+            losses, _ = score_sequences(weights, tokens, 1, len(ids), weights.compute.loss_chunk, self.mesh)
+        return -losses[0, 1 : len(ids)]
+
+    def logits(self, text: str) -> Float[np.ndarray, "S V"]:
+        """Float32 logits after each token of a text. For long texts use `loglikelihood`: these take S x V floats.
+
+        Raises:
+          InputError: for a text of fewer than two tokens, or a token without an embedding.
+        """
+        ids = self._encode(text)
+        length = -(-len(ids) // self.mesh.shape["context"]) * self.mesh.shape["context"]
+        tokens = np.zeros((sequences_per_batch(self.mesh, length, length, 1), length), np.int32)
+        tokens[:, : len(ids)] = ids
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+        with self.computing() as weights:
+            placed = placement.put_global(self.mesh, {"tokens": tokens, "positions": positions})
+            return placement.fetch(_logits(weights, placed["tokens"], placed["positions"]))[0, : len(ids)]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) < 2:
+            raise InputError(f"the text {text[:40]!r} has {len(ids)} tokens: it needs at least 2")
+        if max(ids) >= self.config.vocab_size:
+            raise InputError(
+                f"the text {text[:40]!r} has token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}), the model's "
+                f"vocab_size is {self.config.vocab_size}"
+            )
+        return ids
+
+
+@jax.jit
+def _logits(model: Llama, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    return model.logits(model(tokens_BS, positions_BS)).astype(jnp.float32)
+
+
+def require_vocabulary(tokenizer: Any, folder: str, vocab_size: int) -> None:
+    """Checks that the model has an embedding for each of the tokenizer's tokens.
+
+    Raises:
+      InputError: naming both sizes.
+    """
+    if len(tokenizer.get_vocab()) > vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
+            f"{vocab_size}: they do not belong together"
+        )

@@ -1,0 +1,47 @@
+"""The result of an evaluation: one schema, one writer, one table printer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from pi_jax import cli
+from pi_jax.config import ModelConfig
+
+
+def report(command: str, path: str, config: ModelConfig, protocol: dict[str, Any], **found: Any) -> dict[str, Any]:
+    """What an evaluation writes with `--output`: the model, the protocol, the machine, and what was found.
+
+    Args:
+      command: name of the evaluation.
+      path: folder of the model.
+      config: its architecture, scaled as it was evaluated.
+      protocol: everything that must be equal for two results to be comparable.
+      found: `results`, and whatever else the evaluation reports.
+    """
+    return {
+        "command": command,
+        "model": path,
+        "rope": f"{config.rope}",
+        "model_window": config.max_position_embeddings,
+        "original_window": config.original_window,
+        "protocol": protocol,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        **found,
+    }
+
+
+def write(path: str, value: Any) -> None:
+    """Writes `value` as JSON, from process 0; an empty path writes nothing."""
+    if path and jax.process_index() == 0:
+        cli.write_json(path, value)
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Rows of cells as aligned columns; the first `left` columns are left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""Start-up of several processes, checks that they agree, and preemption.
+
+`initialize` is called once, before anything else touches a device; `pi_jax.parallel.cluster` says what it reads.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from pi_jax import log
+from pi_jax.errors import InputError
+from pi_jax.parallel.cluster import Cluster, detect, number
+from pi_jax.parallel.xla_options import set_xla_options
+
+REQUEUE = 75
+"""Exit status of a preempted run that saved a checkpoint (EX_TEMPFAIL): run the same command again to resume."""
+
+
+_HEARTBEAT = 60  # seconds after which a process that is silent counts as dead, and all end
+
+
+def initialize() -> None:
+    """Joins the other processes of the cluster, if there are any.
+
+    Raises:
+      InputError: if the variables contradict each other, or the coordinator does not answer in time.
+    """
+    set_xla_options(os.environ)
+    cluster = detect(os.environ)
+    timeout = number(os.environ, "PI_JAX_TIMEOUT", "300")
+    limits = {
+        "initialization_timeout": timeout + 60,  # we end before
+        "heartbeat_timeout_seconds": _HEARTBEAT,
+        "shutdown_timeout_seconds": _HEARTBEAT,
+    }
+    if cluster is None:
+        if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+            jax.distributed.initialize(**limits)
+            _report("TPU pod", "")
+        return
+    if cluster.process == 0:
+        _require_free(cluster)
+    with _no_longer_than(timeout, cluster):
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.processes,
+            cluster.process,
+            local_device_ids=cluster.local_devices,
+            cluster_detection_method="deactivate",
+            **limits,
+        )
+    _end_all_on_error()
+    _report(cluster.launcher, cluster.coordinator)
+
+
+def _whom(cluster: Cluster) -> str:
+    return f"process {cluster.process} of {cluster.processes} ({cluster.launcher})"
+
+
+def _require_free(cluster: Cluster) -> None:
+    """Process 0 listens there; jaxlib would crash if it cannot."""
+    try:
+        socket.create_server(("", int(cluster.coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise InputError(
+            f"{_whom(cluster)} cannot listen at {cluster.coordinator}: {error.strerror}; choose another port"
+        ) from None
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: int, cluster: Cluster) -> Iterator[None]:
+    """Ends the program with a sentence when the others have not come by then; JAX itself would abort with a trace."""
+
+    def give_up():
+        print(
+            f"error: {_whom(cluster)} did not find all other processes at {cluster.coordinator} within {seconds} s: "
+            "start all of them with the same coordinator, which each must be able to reach",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _report(launcher: str, coordinator: str) -> None:
+    where = f", coordinator {coordinator}" if coordinator else ""
+    log.info(f"{launcher}: {jax.process_count()} processes{where}, {jax.local_device_count()} devices each")
+
+
+def _end_all_on_error() -> None:
+    """An exception ends this process at once: the way out would wait for processes that wait for this one."""
+    show = sys.excepthook
+
+    def end(kind, error, trace):
+        show(kind, error, trace)
+        sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = end
+
+
+def require_same(what: str, text: str) -> None:
+    """Checks that all processes have the same text, such as their config.
+
+    Raises:
+      InputError: if they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    number = np.frombuffer(hashlib.sha256(text.encode()).digest()[:4], np.int32)
+    numbers = multihost_utils.process_allgather(number).reshape(-1)
+    if len(set(numbers)) > 1:
+        others = [int(i) for i in np.flatnonzero(numbers != numbers[0])]
+        raise InputError(f"{what} of processes {others} is another than that of process 0: start all of them alike")
+
+
+def require_shared(folder: pathlib.Path) -> None:
+    """Checks that a folder made by process 0 is seen by all.
+
+    Raises:
+      InputError: naming the processes that do not see it.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = folder / ".shared"
+    if jax.process_index() == 0:
+        mark.touch()
+    multihost_utils.sync_global_devices("folder made")
+    os.listdir(folder.parent)  # a network file system looks again
+    seen = multihost_utils.process_allgather(np.array([mark.exists()])).reshape(-1)
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        missing = [int(i) for i in np.flatnonzero(~seen)]
+        raise InputError(f"{folder} is not seen by processes {missing}: it must lie on storage that all machines share")
+
+
+@contextlib.contextmanager
+def preemption_requested() -> Iterator[Callable[[int], bool]]:
+    """Gives a function of the step: has a SIGTERM come? True on all processes at the same step.
+
+    Call it every step on every process. With several processes JAX owns SIGTERM and brings all to one step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    except ValueError:  # not in the main thread: nobody can be told
+        yield lambda step: False
+        return
+    try:
+        yield lambda step: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
