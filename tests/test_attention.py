@@ -250,7 +250,7 @@ def test_packed_documents_cost_what_they_would_cost_alone():
         for ranges in _mask(ids).block_ranges(128, 128):
             first, whole_first, whole_last, last = jnp.moveaxis(ranges, -1, 0)
             assert (last - first).sum() == pairs and (whole_last - whole_first).sum() == whole
-        (_, partners), _ = chunked._meetings(_mask(ids), 128, 128)
+        (_, partners), _ = chunked._overlaps(_mask(ids), 128, 128)
         assert partners.sum() == pairs
 
 

@@ -1,12 +1,12 @@
-"""The LLaMA transformer in Flax NNX, from the whole to its parts: Llama, Block, Attention, MLP, RMSNorm.
+"""The LLaMA transformer in Flax NNX, top-down: Llama, Block, Attention, MLP, RMSNorm.
 
-Modules are plain pytrees of parameters: `jax.jit`, `jax.grad` and `jax.lax.scan` take them as they are. All layers are
-one `Block` whose parameters carry a leading layer axis L, and the forward pass is a `lax.scan` over it, so compile time
-does not grow with depth. Every parameter states the logical axes of its dimensions; `sharding` turns these into
+Modules are plain pytrees of parameters that can be passed to `jax.jit`, `jax.grad` and `jax.lax.scan`. All layers are
+one `Block` whose parameters have a leading layer axis L, and the forward pass is a `lax.scan` over it, so compile time
+does not grow with depth. Every parameter declares the logical axes of its dimensions; `sharding` maps these to
 partitions.
 
-Weights are stored output-first, (out, in), as in Hugging Face files: the gradient of such a product comes out in the
-stored order, which spares a transposition of every weight in every step (a third of the backward pass on a CPU).
+Weights are stored output-first, (out, in), as in Hugging Face files. Their gradients are then computed in the stored
+order, which avoids a transposition of every weight in every step (a third of the backward pass on a CPU).
 
 Shapes: B batch, S sequence, D hidden, N query heads, K key/value heads, H head size, F feed-forward, V vocabulary,
 L layers, R = H/2 rotated pairs.
@@ -29,9 +29,9 @@ from pi_jax.parallel import sharding
 _INIT_STD = 0.02
 _LAYER_INPUT = "layer_input"
 
-# What is kept of a layer for its backward pass, by `compute.remat`; the rest is recomputed.
+# What each `compute.remat` policy saves per layer for the backward pass; the rest is recomputed.
 _POLICIES = {
-    "layer": jax.checkpoint_policies.nothing_saveable,  # but the layer's input, which `jax.checkpoint` keeps always
+    "layer": jax.checkpoint_policies.nothing_saveable,  # except the layer's input, which `jax.checkpoint` always saves
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -48,13 +48,15 @@ def _weight(key: jax.Array, shape: tuple[int, ...], axes: sharding.LogicalAxes, 
 
 
 def _use(param: nnx.Param, dtype: str) -> jax.Array:
-    """A parameter's value for computing: in the compute dtype, assembled from its FSDP shards (cast first: half the
-    bytes on the wire)."""
+    """A parameter's value in the compute dtype, gathered from its FSDP shards.
+
+    The cast comes first, which halves the communication.
+    """
     return sharding.gather(param[...].astype(dtype), param.axes)
 
 
 class Llama(nnx.Module):
-    """Decoder-only transformer (Touvron et al. 2023) with RMSNorm, SwiGLU, grouped queries and scaled RoPE."""
+    """Decoder-only transformer (Touvron et al. 2023) with RMSNorm, SwiGLU, grouped-query attention and scaled RoPE."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
         embed_key, head_key, layers_key = jax.random.split(key, 3)
@@ -74,14 +76,17 @@ class Llama(nnx.Module):
         segment_ids_BS: Int[Array, "B S"] | None = None,
         zigzag: bool = False,
     ) -> Float[Array, "B S D"]:
-        """Final hidden states, normed; `output_weights` maps them to logits, a chunk at a time (`pi_jax.model.loss`).
+        """Returns the final hidden states after the last norm.
+
+        `logits` maps them to the vocabulary; `pi_jax.model.loss` does so in chunks, with `output_weights`.
 
         Args:
           tokens_BS: token ids.
-          positions_BS: RoPE positions, before interpolation. Attention is causal in the order of the row, whatever
-            these say, so they may restart in each document or skip ahead.
-          segment_ids_BS: document of each token; a token sees only its own. None: the row is one document.
-          zigzag: the tokens of a row lie in `sharding.zigzag` order, not one after the other.
+          positions_BS: RoPE positions, before interpolation. Attention is causal in the order of the sequence, whatever
+            the positions, so they may restart in each document or skip ahead.
+          segment_ids_BS: document of each token; a token attends only to its own document. None: each sequence is one
+            document.
+          zigzag: the tokens of a sequence are in `placement.zigzag` order instead of their natural order.
         """
         dtype = self.compute.dtype
         with jax.named_scope("embed"):
@@ -96,7 +101,7 @@ class Llama(nnx.Module):
             return layer(checkpoint_name(x_BSD, _LAYER_INPUT), cos_sin_BSR, attend), None
 
         if self.compute.remat != "none":
-            # Inside scan nothing can be merged across iterations.
+            # Inside scan, XLA cannot merge the recomputation with the forward pass, so CSE need not be prevented.
             block = jax.checkpoint(block, prevent_cse=False, policy=_POLICIES[self.compute.remat])
         with jax.named_scope("layers"):
             x_BSD, _ = jax.lax.scan(block, x_BSD, self.layers)
@@ -104,17 +109,17 @@ class Llama(nnx.Module):
             return self.norm(x_BSD)
 
     def output_weights(self) -> Float[Array, "V D"]:
-        """Output projection in the compute dtype: the head, or the embedding where the two are tied."""
+        """Output projection in the compute dtype: the head, or the embedding if the two are tied."""
         return _use(self.embedding if self.config.tie_word_embeddings else self.head, self.compute.dtype)
 
     def logits(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Float32 logits of all given positions; for the whole of a long row use `pi_jax.model.loss` instead."""
+        """Float32 logits at all given positions; for long sequences use `pi_jax.model.loss` instead."""
         axes = ("batch", "sequence", "vocab")
         return sharding.einsum("BSD,VD->BSV", hidden_BSD, self.output_weights(), axes=axes, dtype=jnp.float32)
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each after a norm and added to the residual stream."""
+    """One layer: attention and feed-forward, each preceded by a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
         attention_key, mlp_key = jax.random.split(key)
@@ -133,7 +138,7 @@ class Block(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions.
 
-    `attend(q_BSNH, k_BSKH, v_BSKH)` is attention within the row, or to a KV cache.
+    `attend(q_BSNH, k_BSKH, v_BSKH)` is attention within the sequence, or to a KV cache.
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
@@ -148,7 +153,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD, cos_sin_BSR, attend):
         dtype = self.compute.dtype
-        one = x_BSD.shape[1] == 1  # a step of generation
+        one = x_BSD.shape[1] == 1  # a decoding step
         with jax.named_scope("qkv"):
             project = _one_to_heads if one else _to_heads
             q_BSNH, k_BSKH, v_BSKH = (project(x_BSD, _use(w, dtype), w.axes[0]) for w in (self.q, self.k, self.v))
@@ -169,8 +174,10 @@ def _to_heads(x_BSD, w_NHD, heads):
 
 
 def _one_to_heads(x_B1D, w_NHD, heads):
-    """The same for a single token, by a matrix: XLA's CPU backend transposes three-dimensional weights each time, which
-    costs ten times their products."""
+    """`_to_heads` for a single token, as a product with a matrix.
+
+    XLA's CPU backend transposes three-dimensional weights each time, which takes ten times as long as the product.
+    """
     N, H, D = w_NHD.shape
     flat_B1F = sharding.einsum("BSD,FD->BSF", x_B1D, w_NHD.reshape(N * H, D), axes=("batch", "sequence", heads))
     return flat_B1F.reshape(*x_B1D.shape[:2], N, H)
@@ -189,14 +196,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BSD):
         gate, up = (_use(w, self.compute.dtype) for w in (self.gate, self.up))
-        # Apart on accelerators: joined, they take a layer's widest memory twice, and XLA adds their gradients up whole
-        # on every device. Apart for a step of generation: joining the weights would cost ten times their products.
+        # Separate products on accelerators: a joined one doubles the widest activation of a layer, and XLA accumulates
+        # the unsharded gradient on every device. Separate for a decoding step: stacking the weights would take ten
+        # times as long as the products.
         if x_BSD.shape[1] == 1 or device.platform() != "cpu":
             axes = ("batch", "sequence", "mlp")
             gate_BSF, up_BSF = (sharding.einsum("BSD,FD->BSF", x_BSD, w, axes=axes) for w in (gate, up))
             hidden_BSF = jax.nn.silu(gate_BSF) * up_BSF
         else:
-            # One product for both: its gradient reads the input once, a quarter less time for the layer on a CPU.
+            # One product for both: its gradient reads the input once, which makes the layer a quarter faster on a CPU.
             wide = ("batch", "sequence", None, "mlp")
             both_BSCF = sharding.einsum("BSD,CFD->BSCF", x_BSD, jnp.stack([gate, up]), axes=wide)
             hidden_BSF = jax.nn.silu(both_BSCF[:, :, 0]) * both_BSCF[:, :, 1]
@@ -205,7 +213,7 @@ class MLP(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019) in float32, rounded before its scale is applied, as in HF."""
+    """Root-mean-square norm (Zhang & Sennrich 2019) in float32, rounded before the scale is applied, as in HF."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig):
         self.eps = config.rms_norm_eps
@@ -228,8 +236,8 @@ def _rms_norm_forward(eps, x_BSD, scale_D):
 
 
 def _rms_norm_backward(eps, residuals, d_BSD):
-    # By hand for two reasons: it keeps nothing but its input, and its sums are products, which XLA's CPU backend
-    # computes ten times faster than the reductions that automatic differentiation leaves.
+    # A custom gradient for two reasons: it saves only its input, and it expresses its sums as products, which XLA's CPU
+    # backend computes ten times faster than the reductions from automatic differentiation.
     x_BSD, scale_D, inverse_BS = residuals
     x, d, scale = (v.astype(jnp.float32) for v in (x_BSD, d_BSD, scale_D))
     tokens = ("batch", "sequence")
@@ -243,11 +251,11 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def abstract(config: ModelConfig, compute: ComputeConfig) -> Llama:
-    """The model's shapes and dtypes without any weights."""
+    """The model with shapes and dtypes instead of weights."""
     return jax.eval_shape(lambda: Llama(config, compute, jax.random.key(0)))
 
 
 def parameter_axes(model: Llama) -> dict[str, sharding.LogicalAxes]:
-    """Name of each parameter -> logical axes of its array, "layers" first where the layers are stacked."""
+    """Parameter name -> logical axes of its array, with "layers" first for the stacked parameters of the layers."""
     params = trees.by_name(model, is_leaf=lambda x: isinstance(x, nnx.Param))
     return {name: ("layers", *p.axes) if name.startswith("layers.") else p.axes for name, p in params.items()}

@@ -1,9 +1,9 @@
-"""Next-token cross-entropy in chunks of the sequence: the logits of a whole long row never exist.
+"""Next-token cross-entropy in chunks along the sequence; the logits of a complete sequence never exist.
 
-At 32k tokens and a vocabulary of 128k the float32 logits are 16 GB. Here a scan computes a chunk's logits, reduces them
-and forgets them. When gradients are wanted they are computed in the same pass, while the logits are at hand: three
-matrix products instead of the four of recomputation. That is possible because the loss is a weighted sum whose weights
-are known beforehand, so all that flows back is one scalar (Hsu et al. 2024, "Liger Kernel", section 3.2).
+At 32k tokens and a vocabulary of 128k, the float32 logits take 16 GB. Here a scan computes the logits of one chunk,
+reduces them and discards them. Gradients are computed in the same pass, while the logits are available, which takes
+three matrix products instead of the four that recomputation needs. This is possible because the loss is a weighted sum
+whose weights are known in advance, so its cotangent is a scalar (Hsu et al. 2024, "Liger Kernel", section 3.2).
 
 Shapes: B batch, S sequence, C chunks of Z tokens, D hidden, V vocabulary.
 """
@@ -26,22 +26,23 @@ def score_tokens(
     start: Int[Array, ""],
     stop: Int[Array, ""],
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-    """Losses and greedy hits of the targets [start, stop) of each row; for evaluation, not for gradients.
+    """Losses and greedy matches of the targets [start, stop) of each sequence; for evaluation, not differentiable.
 
-    Logits are computed only for the chunks that this range touches; which ones is known at run time, so that one
-    compiled program serves every range.
+    Logits are computed only for the chunks that overlap this range. The range is a run-time value, so one compiled
+    program serves every range.
 
     Args:
-      hidden_BSD: final hidden states, each the one that predicts the target at its place; the sequence is not split.
-      weights_VD: output projection, in the dtype of the product; the softmax is float32.
-      targets_BS: the tokens predicted.
-      chunk: tokens of a row whose logits exist at one time.
-      start: first place scored.
-      stop: place after the last one scored.
+      hidden_BSD: final hidden states, each of which predicts the target at the same index; the sequence axis is not
+        sharded.
+      weights_VD: output projection, in the dtype of the product; the softmax uses float32.
+      targets_BS: tokens to predict.
+      chunk: tokens per sequence whose logits exist at a time.
+      start: first index to score.
+      stop: index after the last one to score.
 
     Returns:
-      Negative log-probability (nats, float32) of each target, and whether it is the most probable token; 0 and False
-      in chunks outside the range.
+      Negative log-probability (nats, float32) of each target, and whether it is the most likely token; 0 and False in
+      chunks outside the range.
     """
     local = functools.partial(_score_tokens, chunk)
     return sharding.shard_map_tokens(local, hidden_BSD, weights_VD, targets_BS, start, stop, summed=False)
@@ -54,7 +55,7 @@ def weighted_loss(
     loss_weights_BS: Float[Array, "B S"],
     chunk: int,
 ) -> Float[Array, ""]:
-    """Sum of the targets' losses times `loss_weights_BS` (float32), differentiable by hidden states and projection."""
+    """Sum of the losses times `loss_weights_BS` (float32), differentiable in the hidden states and the projection."""
     local = functools.partial(_weighted_loss, chunk)
     return sharding.shard_map_tokens(local, hidden_BSD, weights_VD, targets_BS, loss_weights_BS, summed=True)
 
@@ -94,12 +95,12 @@ def _chunks(x, size):
 
 
 def _logits(hidden_BZD, weights_VD):
-    """Float32 out of the product itself: rounded to bfloat16, a logit of 20 would be off by up to 0.06."""
+    """The product accumulates and returns float32: in bfloat16, a logit of 20 would have an error of up to 0.06."""
     return jnp.einsum("BZD,VD->BZV", hidden_BZD, weights_VD, preferred_element_type=jnp.float32)
 
 
 def _negative_log_probability(logits_BZV, targets_BZ):
-    """The loss and the log of the softmax's denominator, [B, Z] both."""
+    """The loss and the log of the softmax denominator, both [B, Z]."""
     lse_BZ = jax.nn.logsumexp(logits_BZV, axis=-1)
     picked_BZ = jnp.take_along_axis(logits_BZV, targets_BZ[..., None], axis=-1)[..., 0]
     return lse_BZ - picked_BZ, lse_BZ
@@ -125,8 +126,8 @@ def _forward(chunk, hidden_BSD, weights_VD, targets_BS, loss_weights_BS):
         d_weights_DV += jnp.einsum("BZD,BZV->DV", hidden_BZD, d_logits_BZV, preferred_element_type=jnp.float32)
         return (total + jnp.sum(losses_BZ * loss_weights_BZ), d_weights_DV), d_hidden_BZD
 
-    blocks = tuple(_chunks(x, chunk) for x in (hidden_BSD, targets_BS, loss_weights_BS))  # padding weighs 0
-    # Summed up transposed, (D, V): of the two factors the smaller one is then turned, not the logits' gradient.
+    blocks = tuple(_chunks(x, chunk) for x in (hidden_BSD, targets_BS, loss_weights_BS))  # padding has weight 0
+    # Accumulated transposed, (D, V), so that the smaller factor is transposed, not the gradient of the logits.
     start = (jnp.float32(0), jnp.zeros(weights_VD.shape[::-1], jnp.float32))
     (total, d_weights_DV), d_hidden_CBZD = jax.lax.scan(one, start, blocks)
     d_hidden_BSD = jnp.moveaxis(d_hidden_CBZD, 0, 1).reshape(len(targets_BS), -1, hidden_BSD.shape[-1])
@@ -143,12 +144,13 @@ _weighted_loss.defvjp(_forward, _backward)
 
 
 def batch_loss(model: Llama, batch: dict[str, Array], total: Float[Array, ""] | None = None) -> Float[Array, ""]:
-    """Mean loss in nats over the tokens of a batch as `sharding.put_batch` lays it out, by `loss_weights`.
+    """Mean loss in nats per token, weighted by `loss_weights`, of a batch placed by `placement.put_batch`.
 
     Args:
       model: the model.
-      batch: `tokens`, `targets`, `positions`, maybe `segment_ids` (integers) and `loss_weights` (float32), each [B, S].
-      total: what the sum is divided by, where this is a part of a batch; None: the sum of the weights here.
+      batch: `tokens`, `targets`, `positions`, optionally `segment_ids` (integers), and `loss_weights` (float32), each
+        [B, S].
+      total: divisor of the sum, if this is one part of a batch; None: the sum of the weights.
     """
     hidden_BSD = model(batch["tokens"], batch["positions"], batch.get("segment_ids"), zigzag=True)
     weights_BS = batch["loss_weights"]
@@ -159,5 +161,5 @@ def batch_loss(model: Llama, batch: dict[str, Array], total: Float[Array, ""] | 
 
 
 def total_weight(batch: dict[str, Array]) -> Float[Array, ""]:
-    """Sum of the weights of a batch's targets, at least 1."""
+    """Sum of the loss weights of a batch, at least 1."""
     return jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)

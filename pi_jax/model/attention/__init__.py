@@ -1,4 +1,4 @@
-"""Causal attention for packed long sequences: one function, several backends, one judge."""
+"""Causal attention for packed long sequences: one function, several backends, one reference."""
 
 from pi_jax.model.attention.api import IMPLEMENTATIONS, attention
 

@@ -1,4 +1,4 @@
-"""The one attention function: checks its arguments, picks a backend, never ignores an argument."""
+"""The public attention function: checks its arguments and selects a backend that supports all of them."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from pi_jax.model.attention.mask import Mask
 
 
 class Backend(NamedTuple):
-    """One implementation: of `attend(q, k, v, mask, scale) -> (out, lse)`, and what it cannot do."""
+    """One implementation: `attend(q, k, v, mask, scale) -> (out, lse)`, and a check of what it supports."""
 
     attend: Callable
     refuses: Callable = lambda q, k, mask, return_lse: None
-    """(q, k, mask, return_lse) -> the reason in words, or None: nothing that was asked for is ever left out."""
+    """(q, k, mask, return_lse) -> why the backend cannot serve the call, or None. No argument is ever ignored."""
 
 
 IMPLEMENTATIONS = {
@@ -32,12 +32,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _preferred() -> tuple[str, ...]:
-    """What "auto" tries, in this order: the last honours every argument on every platform."""
+    """Backends that "auto" tries, in this order. The last supports every argument on every platform."""
     match device.platform():
         case "tpu":
             return "splash", "chunked"
         case "gpu" if device.compute_capability() >= (9, 0):
-            return "cudnn", "pallas_triton", "chunked"  # Triton cannot use all that Hopper has
+            return "cudnn", "pallas_triton", "chunked"  # Triton does not use all of Hopper's features
         case "gpu":
             return "pallas_triton", "chunked"
         case _:
@@ -58,28 +58,30 @@ def attention(
 ):
     """Softmax attention, causal by position and isolated by segment, with grouped K/V heads.
 
-    Query i sees key j if kv_positions[j] <= q_positions[i] and both have the same segment id. Positions here are the
-    *order* of tokens in a row, not RoPE's positions, which may restart in each document or skip ahead. A query that
-    sees no key gets a zero output (and lse = -inf), never NaN. Softmax is float32.
+    Query i attends to key j if kv_positions[j] <= q_positions[i] and both have the same segment id. Positions here are
+    the *order* of tokens in a sequence, not RoPE positions, which may restart in each document or skip ahead. A query
+    that attends to no key gets a zero output (and lse = -inf), never NaN. The softmax uses float32.
 
     Args:
-      q_BSNH: queries; N is a multiple of K, and heads n*N/K .. share K/V head n.
+      q_BSNH: queries; N is a multiple of K, and query heads n*N/K to (n+1)*N/K - 1 share K/V head n.
       k_BTKH: keys.
       v_BTKH: values.
-      segment_ids: document of each token, any integers; a pair (queries', keys') where the two differ; None: all one.
-      q_positions: order of the queries; None: 0 .. S-1.
-      kv_positions: order of the keys; None: 0 .. T-1. With `q_positions`, a shard of the queries can meet all keys.
-      scale: factor of the scores, greater than 0; None: 1 / sqrt(H).
-      implementation: a name in `IMPLEMENTATIONS`, or "auto": the first on this platform that can do what is asked.
-      return_lse: also return the log of the softmax's denominator, float32 [B, S, N], differentiable: what is needed
-        to merge attention over parts of the keys.
+      segment_ids: document of each token, as any integers; a pair (of queries, of keys) if the two differ. None: all
+        tokens are in one document.
+      q_positions: order of the queries; None: 0 to S-1.
+      kv_positions: order of the keys; None: 0 to T-1. With `q_positions`, a shard of the queries can attend to all
+        keys.
+      scale: factor applied to the scores, greater than 0; None: 1 / sqrt(H).
+      implementation: a name in `IMPLEMENTATIONS`, or "auto": the first one for the platform that supports the call.
+      return_lse: also return the log of the softmax denominator, float32 [B, S, N], differentiable. It is needed to
+        merge attention over parts of the keys.
 
     Returns:
-      [B, S, N, H] in the dtype of `q_BSNH`; with `return_lse`, that and lse.
+      The output, [B, S, N, H] in the dtype of `q_BSNH`; with `return_lse`, a pair of the output and lse.
 
     Raises:
-      ValueError: naming the argument, its value and what would be right; also if the implementation asked for cannot
-        honour one of the arguments.
+      ValueError: if an argument is invalid, naming the argument, its value and what is valid; also if the selected
+        implementation does not support one of the arguments (as `InputError`).
     """
     _check(q_BSNH, k_BTKH, v_BTKH)
     batch, q_len, _, head_dim = q_BSNH.shape
@@ -90,10 +92,10 @@ def attention(
         segment_ids = (segment_ids, segment_ids)
     q_segments, kv_segments = segment_ids
     mask = Mask(
-        _rows("q_positions", q_positions, batch, q_len, jnp.arange),
-        _rows("segment_ids", q_segments, batch, q_len, jnp.zeros),
-        _rows("kv_positions", kv_positions, batch, kv_len, jnp.arange),
-        _rows("segment_ids", kv_segments, batch, kv_len, jnp.zeros),
+        _order_or_segments("q_positions", q_positions, batch, q_len, jnp.arange),
+        _order_or_segments("segment_ids", q_segments, batch, q_len, jnp.zeros),
+        _order_or_segments("kv_positions", kv_positions, batch, kv_len, jnp.arange),
+        _order_or_segments("segment_ids", kv_segments, batch, kv_len, jnp.zeros),
         in_order=q_positions is None and kv_positions is None,
         one_document=q_segments is None and kv_segments is None,
     )
@@ -113,7 +115,9 @@ def _choose(implementation: str, q, k, mask: Mask, return_lse: bool) -> str:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r}: it must be one of {known}")
     if reason := IMPLEMENTATIONS[implementation].refuses(q, k, mask, return_lse):
-        raise InputError(f"implementation is {implementation!r}, which {reason}: choose another, or 'auto'")
+        raise InputError(
+            f"implementation is {implementation!r}, which {reason}: choose another implementation, or 'auto'"
+        )
     return implementation
 
 
@@ -124,7 +128,7 @@ def _check(q, k, v) -> None:
         if x.dtype.name not in _DTYPES:
             raise ValueError(f"{name} is {x.dtype.name}: it must be one of {', '.join(_DTYPES)}")
         if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype.name} but q is {q.dtype.name}: they must be of one dtype")
+            raise ValueError(f"{name} is {x.dtype.name} but q is {q.dtype.name}: they must have the same dtype")
     if k.shape != v.shape:
         raise ValueError(f"v has shape {v.shape} but k has {k.shape}: they must be the same")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -133,7 +137,7 @@ def _check(q, k, v) -> None:
         raise ValueError(f"k has {k.shape[2]} heads: they must divide the {q.shape[2]} heads of q")
 
 
-def _rows(name: str, x, batch: int, length: int, default):
+def _order_or_segments(name: str, x, batch: int, length: int, default):
     if x is None:
         return jnp.broadcast_to(default(length).astype(jnp.int32), (batch, length))
     if x.shape != (batch, length):

@@ -1,8 +1,9 @@
-"""The contract of our own flash-attention backends: what is kept for the backward pass, and under which name.
+"""The contract of our own flash-attention backends: the residuals of the backward pass and their checkpoint name.
 
-A backend gives a forward and a backward function; kept are q, k, v, the mask, the output and the log of the softmax's
-denominator (`lse`), from which the weights are recomputed (Dao et al. 2022). Since every backend keeps the same, they
-can be swapped, and a remat policy can save what bears `SAVED_NAME` to spare the second forward pass.
+A backend provides a forward and a backward function. The residuals are q, k, v, the mask, the output and the log of the
+softmax denominator (`lse`), from which the attention weights are recomputed (Dao et al. 2022). All backends save the
+same residuals, so they are interchangeable, and a remat policy can save the arrays named `SAVED_NAME` to avoid a second
+forward pass.
 """
 
 import functools
@@ -13,16 +14,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 SAVED_NAME = "attention"
-"""Of out and lse, for `jax.checkpoint_policies.save_only_these_names`."""
+"""Checkpoint name of out and lse, for `jax.checkpoint_policies.save_only_these_names`."""
 
 
 def flash_attention(forward: Callable, backward: Callable) -> Callable:
     """A differentiable function (scale, q, k, v, mask) -> (out, lse).
 
     Args:
-      forward: (scale, q, k, v, mask) -> (out, lse), lse = -inf where a query sees no key.
+      forward: (scale, q, k, v, mask) -> (out, lse), lse = -inf where a query attends to no key.
       backward: (scale, q, k, v, mask, lse, d_out, delta) -> (d_q, d_k, d_v), with lse = 0 where it was -inf, and
-        delta = sum(d_out * out) - d_lse over the head, so that d scores = weights * (d_out . v - delta).
+        delta = sum(d_out * out) - d_lse, summed over the head, so that d_scores = weights * (d_out . v - delta).
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,19 +1,19 @@
-"""What the computation will run on: asked while tracing, so a mesh of devices that are not here counts too."""
+"""The device that a computation is traced for, which may be one that the machine does not have."""
 
 import re
 
 import jax
 
-# Compute capability of GPUs that are compiled for without being there, by what their name says.
+# Compute capability by device name, to compile for GPUs that the machine does not have.
 _CAPABILITIES = {"A100": (8, 0), "A40": (8, 6), "A10": (8, 6), "RTX 30": (8, 6), "RTX 40": (8, 9), "L4": (8, 9)}
 _CAPABILITIES |= {"H100": (9, 0), "H200": (9, 0), "GH200": (9, 0), "B200": (10, 0), "B300": (10, 3), "RTX 50": (12, 0)}
 
 
 def _device():
-    """The device of the mesh in use, as far as a mesh knows it; else the default one."""
+    """The device of the current mesh, as far as the mesh specifies it; otherwise the default device."""
     abstract, real = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), jax.devices()[0]
-    here = abstract is None or not abstract.platform or abstract.device_kind == real.device_kind
-    return real if here else abstract
+    same = abstract is None or not abstract.platform or abstract.device_kind == real.device_kind
+    return real if same else abstract
 
 
 def platform() -> str:
@@ -23,11 +23,11 @@ def platform() -> str:
 
 
 def compute_capability() -> tuple[int, int]:
-    """Of the NVIDIA GPU in use, (9, 0) for an H100; (0, 0) of another maker's; (8, 0) where it is not known."""
+    """Compute capability of the NVIDIA GPU: (9, 0) for an H100. (0, 0) for other vendors, (8, 0) if unknown."""
     device = _device()
-    if told := getattr(device, "compute_capability", None):
-        found = re.fullmatch(r"(\d+)\.(\d+)", told)
-        return (int(found[1]), int(found[2])) if found else (0, 0)  # AMD's are names, such as gfx90a
-    # Of a device that is not here there is only a name; the longest match wins, for an A100 is no A10.
+    if capability := getattr(device, "compute_capability", None):
+        found = re.fullmatch(r"(\d+)\.(\d+)", capability)
+        return (int(found[1]), int(found[2])) if found else (0, 0)  # AMD reports a name, such as gfx90a
+    # An abstract device has only a name. The longest match wins, so that an A100 is not taken for an A10.
     names = [name for name in _CAPABILITIES if name in device.device_kind]
     return _CAPABILITIES[max(names, key=len)] if names else (8, 0)
