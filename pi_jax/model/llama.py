@@ -108,7 +108,7 @@ class Llama(nnx.Module):
         return _use(self.embedding if self.config.tie_word_embeddings else self.head, self.compute.dtype)
 
     def logits(self, hidden_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Float32 logits of all given positions; for the whole of a long row use `pi_jax.model.loss` instead."""
+        """Float32 logits of all given positions; for a long sequence use `pi_jax.model.loss` instead."""
         axes = ("batch", "sequence", "vocab")
         return sharding.einsum("BSD,VD->BSV", hidden_BSD, self.output_weights(), axes=axes, dtype=jnp.float32)
 

@@ -1,4 +1,4 @@
-"""What the computation will run on: asked while tracing, so a mesh of devices that are not here counts too."""
+"""Platform and compute capability that a computation is traced for; also for a mesh without the hardware."""
 
 import re
 
@@ -23,11 +23,11 @@ def platform() -> str:
 
 
 def compute_capability() -> tuple[int, int]:
-    """Of the NVIDIA GPU in use, (9, 0) for an H100; (0, 0) of another maker's; (8, 0) where it is not known."""
+    """Compute capability of the NVIDIA GPU in use: (9, 0) for an H100, (0, 0) for other vendors, (8, 0) if unknown."""
     device = _device()
     if told := getattr(device, "compute_capability", None):
         found = re.fullmatch(r"(\d+)\.(\d+)", told)
         return (int(found[1]), int(found[2])) if found else (0, 0)  # AMD's are names, such as gfx90a
-    # Of a device that is not here there is only a name; the longest match wins, for an A100 is no A10.
+    # Without the hardware there is only a name. The longest match wins: an A100 is not an A10.
     names = [name for name in _CAPABILITIES if name in device.device_kind]
     return _CAPABILITIES[max(names, key=len)] if names else (8, 0)
