@@ -16,7 +16,7 @@ test: .venv/installed           ## the test suite, some minutes on two cores
 test-slow: .venv/installed      ## what takes longer: memory at 32k tokens, attention at more sizes
 	$(BIN)/python -m pytest -m slow
 
-test-compiled:                  ## the kernels compiled for A100, H100 and TPUs that are not here
+test-compiled:                  ## compiles kernels and train steps for A100, H100 and TPUs, without the hardware
 	test -x build/compilers/bin/python || $(PYTHON) -m venv build/compilers
 	build/compilers/bin/pip install --quiet --constraint constraints.txt --editable '.[compilers]'
 	build/compilers/bin/python -m pytest -m compiled tests/test_attention_compiled.py tests/test_plan_compiled.py

@@ -1,4 +1,4 @@
-"""How every command starts and ends: `python -m pi_jax.NAME` and `pi-jax NAME` are the same."""
+"""Entry point and error handling of every command: `pi-jax NAME` is the same as `python -m pi_jax.NAME`."""
 
 import importlib
 import json
@@ -11,18 +11,18 @@ from typing import Any
 from pi_jax.errors import InputError
 
 COMMANDS = {
-    "prepare": "text to tokens",
-    "plan": "will it fit? compiled for devices that are not here",
+    "prepare": "tokenize text into a token store",
+    "plan": "will it fit? memory of a train step, compiled for hardware you don't have",
     "train": "fine-tune with a longer window",
-    "evaluate": "prove the window: perplexity, passkey, RULER, standard benchmarks, summaries; a report",
-    "generate": "text from a model",
-    "convert": "weights in and out: Hugging Face and Meta folders, pi_jax runs",
-    "theory": "the paper's bounds and figures, checked; a model's attention scores, measured",
+    "evaluate": "perplexity, passkey retrieval, RULER, standard benchmarks, summarization, and a report",
+    "generate": "generate text from a model",
+    "convert": "convert weights between Hugging Face folders, Meta folders and pi_jax checkpoints",
+    "theory": "check the paper's bounds, plot its figures, measure a model's attention scores",
 }
 
 
 def run(command: Callable[[], Any]) -> None:
-    """Runs a command; bad input becomes one sentence on stderr and exit status 2, without a traceback."""
+    """Runs a command. Bad input prints one sentence on stderr and exits with status 2, without a traceback."""
     try:
         command()
     except InputError as error:
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     print("usage: pi-jax COMMAND [--help]\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
     if argv and argv[0] not in ("-h", "--help"):
-        sys.exit(_fail(f"{argv[0]!r} is no command: choose one of {', '.join(COMMANDS)}"))
+        sys.exit(_fail(f"{argv[0]!r} is not a command: choose one of {', '.join(COMMANDS)}"))
 
 
 def require_writable(path: str) -> None:
-    """Checks, before any work, that a result file can be written; an empty path is none."""
+    """Checks that a result file can be written, before any work is done; an empty path means no file."""
     target = pathlib.Path(path)
     folder = next(p for p in (target.parent, *target.absolute().parents) if p.exists())
     if path and (target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
@@ -64,7 +64,7 @@ def require_writable(path: str) -> None:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Writes `value` as JSON by way of a temporary file, so that a reader never sees half of it."""
+    """Writes `value` as JSON, atomically."""
     target = pathlib.Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -328,7 +328,7 @@ def test_cudnn_refuses_documents():
 )
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)])
 def test_triton_kernels_lower_for_gpus(capability, head_dim, dtype):
-    """Forward and backward for a GPU that is not here, and nothing of size length x length in it."""
+    """Forward and backward for a GPU, without the hardware, and nothing of size length x length in it."""
     q, k = (jax.ShapeDtypeStruct((1, 4096, n, head_dim), dtype) for n in (8, 2))
     segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 

@@ -143,7 +143,7 @@ def test_four_processes_train_as_one(alone, tmp_path, mesh):
 
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_batches(alone, tmp_path):
-    """Two processes are told to stop; four go on."""
+    """Two processes are preempted; four resume."""
     command = _command(tmp_path / "run", steps=4000)
     running = subprocess.Popen([ROOT / "launch" / "local.sh", "2", *command], env=_environment(2), cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
@@ -220,7 +220,7 @@ def test_processes_with_different_configs_are_refused(tmp_path):
     assert "the config of processes [1] is another than that of process 0" in done.stderr
 
 
-def test_one_process_saves_itself_when_told_to_stop(tmp_path, inputs):
+def test_one_process_saves_itself_when_preempted(tmp_path, inputs):
     running = subprocess.Popen(_command(tmp_path / "run", steps=4000), env=_environment(1), cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     for line in running.stdout:

@@ -1,4 +1,4 @@
-"""Devices that are not here, to compile for: `AbstractDevice`s for tracing, whole topologies for XLA.
+"""Devices to compile for without the hardware: `AbstractDevice`s for tracing, whole topologies for XLA.
 
 The CUDA ones need jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-nvvm; the TPU ones libtpu. Neither
 needs a driver or a device: `make test-compiled` makes an environment that has them.

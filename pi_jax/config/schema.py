@@ -97,18 +97,18 @@ class ComputeConfig:
     """How the model is computed; changes speed, memory and rounding, never its meaning."""
 
     dtype: DType = "bfloat16"
-    """Of activations and matrix products. Norms, softmax, RoPE and loss are float32 always."""
+    """Dtype of activations and matrix products. Norms, softmax, RoPE and loss are always float32."""
     param_dtype: DType = "float32"
-    """Of the master weights."""
+    """Dtype of the master weights. bfloat16 halves their memory and loses small updates."""
     remat: Literal["none", "layer", "attention", "offload"] = "layer"
     """What is kept for the backward pass: everything; a layer's input; that and what attention gives, so that it is not
     computed twice (not with cuDNN); or a layer's input in the host's memory (docs/parallelism.md)."""
     gradient_accumulation_steps: int = 1
-    """Parts in which the rows of a batch are computed, one after the other; the gradient is that of the whole."""
+    """Microbatches per step. Gradients are accumulated over them; raise it if a step runs out of memory."""
     attention: Literal["auto", "reference", "chunked", "pallas_triton", "splash", "cudnn"] = "auto"
-    """Backend: see docs/attention.md; "auto" takes the best that this device and the packing allow."""
+    """Attention backend (docs/attention.md). "auto" selects the fastest that supports this device and packing."""
     loss_chunk: int = 1024
-    """Tokens whose logits exist at one time."""
+    """Tokens per chunk of the loss: logits exist for one chunk at a time. Lower it if the loss runs out of memory."""
 
     def __post_init__(self):
         require_types("compute", self)
@@ -122,13 +122,13 @@ class DataConfig:
     sources: tuple[str, ...] = ()
     """Token stores made by `pi_jax.prepare`; 'STORE@2.5' gives one a weight in the mixture."""
     window: int = 2048
-    """Tokens in a row: the extended window."""
+    """Sequence length in tokens: the extended window."""
     batch_size: int = 64
-    """Rows in a step, over all devices."""
+    """Sequences per step, over all devices."""
     packing: Literal["joined", "document"] = "joined"
-    """'joined': documents one after the other, cut every `window` tokens; 'document': no row holds two documents."""
+    """'joined' concatenates documents and cuts every `window` tokens; 'document' never puts two in one sequence."""
     segment_masking: bool = False
-    """Stop attention between the documents of a row."""
+    """Mask attention between the documents of a sequence."""
     reset_positions: bool = False
     """Count RoPE positions from 0 in each document. With short documents no long distance is ever trained."""
     mask_prompts: bool = False
@@ -139,9 +139,9 @@ class DataConfig:
     require_long_documents: bool = True
     """Refuse a source in which no document fills the window: nothing would train the long distances."""
     seed: int = 0
-    """Of the order of rows."""
+    """Seed of the order of sequences."""
     prefetch: int = 8
-    """Batches prepared ahead."""
+    """Batches to prepare in advance."""
 
     def __post_init__(self):
         require_types("data", self)
@@ -167,9 +167,9 @@ class OptimizerConfig:
     learning_rate: float = 2e-5
     warmup_steps: int = 20
     warmup_start: float = 0.1
-    """Fraction of the learning rate at step 0."""
+    """Learning rate at step 0, as a fraction of `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up; linear and cosine end at 0 on the last step (ours)."""
+    """Schedule after warm-up; linear and cosine decay to 0 on the last step (ours)."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -179,9 +179,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global gradient norm (ours); 0 turns clipping off."""
     moment_dtype: DType = "float32"
-    """Of the two moments as they are stored; they are computed in float32."""
+    """Dtype in which the two moments are stored; they are always computed in float32. bfloat16 halves their memory."""
     offload: bool = False
-    """Keep the moments in the host's memory, for models that would not fit otherwise; each step waits for them."""
+    """Keep the moments in host memory. Use it if the model does not fit otherwise; each step waits for the transfer."""
 
     def __post_init__(self):
         require_types("optimizer", self)
@@ -216,16 +216,16 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The run."""
+    """The training run."""
 
     init_from: str = ""
     """Folder with the base model, Hugging Face's, Meta's or of another run; empty: random weights of the sizes in
     `model`."""
     output: str = "runs/pi_jax"
-    """Folder of the run. If it already holds checkpoints, the run goes on from the latest."""
+    """Folder of the run. If it already holds checkpoints, the run resumes from the latest."""
     steps: int = 1000
     seed: int = 0
-    """Of the random weights."""
+    """Seed of the random weights, where there is no base model."""
 
     def __post_init__(self):
         require_types("train", self)
@@ -244,7 +244,7 @@ class CheckpointConfig:
     export_hf_every: int = 0
     """Steps between exports of the weights as `OUTPUT/hf/step-N`, a Hugging Face folder; 0: none."""
     export_dtype: DType = "bfloat16"
-    """Of the exported weights."""
+    """Dtype of the exported weights."""
 
     def __post_init__(self):
         require_types("checkpoint", self)
@@ -282,7 +282,7 @@ class EvaluateConfig:
         something = self.data or self.passkey_lengths
         require(not self.every or something, "evaluate.every is set: it needs evaluate.data or passkey_lengths")
         for length in self.passkey_lengths:
-            require(length > 0, f"evaluate.passkey_lengths has {length}: a window is a positive number of tokens")
+            require(length > 0, f"evaluate.passkey_lengths has {length}: a window must be a positive number of tokens")
         if self.max_tokens is not None:
             require(self.max_tokens >= 2, f"evaluate.max_tokens is {self.max_tokens}: it must be at least 2")
         for window in self.windows:
@@ -294,12 +294,12 @@ class LoggingConfig:
     """Console and JSONL always; the rest by choice."""
 
     every: int = 10
-    """Steps between log lines; values are means over these steps."""
+    """Steps between log lines; logged values are means over these steps."""
     tensorboard: bool = True
     wandb_project: str = ""
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
     peak_tflops: float = 0.0
-    """Of one device, for MFU, where the device is not in the table of `pi_jax.train.metrics`."""
+    """Peak TFLOP/s of one device, for MFU. 0 looks it up; set it for a device that pi_jax does not know."""
 
     def __post_init__(self):
         require_types("logging", self)

@@ -33,15 +33,15 @@ class Convert:
     target: str
     """Folder to make."""
     format: Literal["hf", "meta", "orbax"] = "hf"
-    """Of the target; 'orbax' is a pi_jax checkpoint."""
+    """Format of the target; 'orbax' is a pi_jax checkpoint."""
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
-    """Of the written weights; 'same': as they are in the source."""
+    """Dtype of the written weights; 'same' keeps that of the source."""
     rope: RopeConfig = RopeConfig()
-    """Scaling to stamp on a model that has none, to serve it extended without fine-tuning."""
+    """Scaling to apply to a model that has none, to serve it extended without fine-tuning."""
     verify: bool = True
     """Read the target back by other code and compare every tensor; and logits, where torch is installed."""
     step: int | None = None
-    """Of a run: which checkpoint; the newest if not given."""
+    """Checkpoint of a run to read, by step; default: the newest."""
     tokenizer: str = ""
     """Folder to take the tokenizer from; that of the source if not given. Meta's own files are not what Hugging Face's
     readers want."""

@@ -98,7 +98,7 @@ def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0) -> S
 
     Args:
       path: Hugging Face folder, Meta folder or run folder.
-      rope: a scaling to stamp on a model that has none.
+      rope: scaling to apply to a model that has none.
       window: of a Meta folder, which does not say it: tokens that it was trained for; 0: by the rules of `meta`.
 
     Raises:

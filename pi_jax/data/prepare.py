@@ -88,7 +88,7 @@ class Summary:
     long_documents: int
     """Documents that fill the window."""
     long_tokens_share: float
-    """Of all tokens, the fraction in documents that fill the window."""
+    """Fraction of all tokens in documents that fill the window."""
     seconds: float
     tokens_per_second: float
 

@@ -224,7 +224,7 @@ class TokenStore:
 
     Attributes:
       path: local folder or URL.
-      manifest: the whole of manifest.json.
+      manifest: contents of manifest.json.
       offsets: int64 of shape [D + 1], read-only.
       prompts: int64 of shape [D], how many first tokens of each document are its prompt; None: there are no prompts.
     """

@@ -208,7 +208,7 @@ class Passkey(AnswerOptions):
     grid_depths: tuple[float, ...] = tuple(i / 10 for i in range(11))
     """Depths of the grid: shares of the filler that stand before the key."""
     seed: int = 0
-    """Of the keys."""
+    """Random seed of the keys."""
     figure: str = ""
     """Also draw the grid, or else success against k, to this PNG file."""
 

@@ -49,7 +49,7 @@ class Summarization(AnswerOptions):
     top_p: float = 0.95
     """Draw from the smallest set of likeliest tokens that has this probability."""
     seed: int = 0
-    """Of the draws."""
+    """Random seed for sampling."""
     bos: bool = False
     """Put the model's BOS token before the prompt."""
 

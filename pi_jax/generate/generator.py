@@ -179,7 +179,7 @@ class _State(NamedTuple):
 
     caches: list[kv_cache.LayerCache]
     slot: Int[Array, ""]
-    """Of the next token."""
+    """Cache slot of the next token."""
     start_B: Int[Array, " B"]
     """First slot of each row."""
     count: Int[Array, ""]

@@ -19,7 +19,7 @@ class Chip:
     gpu: dict[str, str | int | float] | None = None
     """What XLA asks of a GPU; None: a TPU."""
     dimensions: int = 3
-    """Of a TPU's torus."""
+    """Dimensions of a TPU's torus."""
     largest: int = 8192
     """Chips of the largest slice."""
 

@@ -18,20 +18,20 @@ from pi_jax.train.resolve import resolve_model, with_builtin
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compile the train step of an experiment for devices that are not here: memory, FLOPs, collectives.
+    """Compile the train step of an experiment for hardware you don't have; print memory, FLOPs and collectives.
 
-    `--config FILE` and every override are those of `pi_jax.train`. Exit status 1: it does not fit."""
+    `--config FILE` and all overrides are those of `pi_jax.train`. Exits with status 1 if the step does not fit."""
 
     topology: str
     """KIND:COUNT, such as a100-80gb:32, h100:8, v5p:64 (chips)."""
     search: bool = False
-    """Find the fewest devices of this kind, up to COUNT, and the most rows at a time that fit."""
+    """Find the smallest number of devices of this kind, up to COUNT, and the largest batch per device that fit."""
     output: Annotated[str, tyro.conf.arg(metavar="FILE.json")] = ""
-    """Also write the result there."""
+    """Also write the result to this JSON file."""
 
 
 def run(arguments: Arguments, config: Config) -> bool:
-    """Prints the plan; whether it fits."""
+    """Prints the plan and returns whether it fits."""
     cluster = topology.parse(arguments.topology)
     if arguments.output:
         cli.require_writable(arguments.output)

@@ -1,4 +1,4 @@
-"""Will it fit? The very train step, compiled for a cluster that is not here: `python -m pi_jax.plan --config FILE`.
+"""Will it fit? The train step itself, compiled for hardware you don't have: `python -m pi_jax.plan --config FILE`.
 
 XLA's own compiler for the GPU or TPU lays out the memory of one device and says how much that takes; nothing is run and
 no device is needed (`pi_jax.plan.topology`). Parameters, moments and gradients are counted from their shapes and

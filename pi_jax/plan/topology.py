@@ -1,4 +1,4 @@
-"""Clusters that are not here: topologies to compile for, by a name such as "h100:8" or "v5p:64".
+"""Topologies to compile for without the hardware, by a name such as "h100:8" or "v5p:64".
 
 XLA compiles for a GPU it cannot ask if it is told what it would have asked (a `GpuTargetConfig`), and libtpu for any
 TPU by its name. Neither needs a driver or a device, only `pip install 'pi_jax[compilers]'`.

@@ -43,7 +43,7 @@ def make_step(optimizer: optax.GradientTransformation) -> StepFn:
 
 
 def _loss_and_gradients(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, Llama]:
-    """Of the mean over all tokens of the batch, whatever the number of parts it is computed in."""
+    """Loss and gradients of the mean over all tokens of the batch, whatever the number of microbatches."""
     parts = model.compute.gradient_accumulation_steps
     of_part = functools.partial(jax.value_and_grad(batch_loss), model, total=total_weight(batch))
     if parts == 1:

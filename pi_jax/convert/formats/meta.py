@@ -42,11 +42,11 @@ class MetaOptions:
     """What a Meta folder does not say of itself, or can be written as."""
 
     window: int = 0
-    """Of a source: tokens that its weights were trained for; 0: by the rules of docs/convert.md."""
+    """Window of a source, in tokens; 0 applies the rules of docs/convert.md."""
     files: int = 1
-    """Of a target: how many consolidated.NN.pth it gets, as LLaMA's own code wants one a device."""
+    """Number of consolidated.NN.pth files to write. LLaMA's own code expects one per device."""
     embedding: Literal["auto", "rows", "columns"] = "auto"
-    """Of a target: split the embedding by 'columns' (LLaMA 1 and 2) or 'rows' (Llama 3); 'auto': by the vocabulary."""
+    """Split the embedding of a target by 'columns' (LLaMA 1, 2) or 'rows' (Llama 3); 'auto' goes by vocabulary."""
 
     def __post_init__(self):
         if self.files < 1 or self.window < 0:

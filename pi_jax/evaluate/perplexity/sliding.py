@@ -132,7 +132,7 @@ class Partial:
 
     @property
     def windows_done(self) -> int:
-        """Of all window sizes together."""
+        """Windows scored so far, over all window sizes."""
         return sum(int(array) for name, array in self._arrays.items() if name.endswith("done"))
 
     def load(self, key: str, empty: np.ndarray) -> tuple[int, np.ndarray]:

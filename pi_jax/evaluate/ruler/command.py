@@ -27,7 +27,7 @@ class Ruler(AnswerOptions):
     essays: tuple[str, ...] = ()
     """Text files, folders or globs for the haystack of the tasks that hide needles in essays."""
     seed: int = 0
-    """Of the prompts."""
+    """Random seed of the prompts."""
 
 
 def _check(args: Ruler) -> None:
