@@ -1,14 +1,15 @@
-"""Speed and memory of every attention backend that this machine can run, against PyTorch's, in one run.
+"""Speed and memory of every attention backend that this machine can run, compared with PyTorch's in the same run.
 
     python benchmarks/attention.py --output benchmarks/results/NAME.json
 
-On a GPU: bfloat16, 32 query heads, head sizes 64 and 128, 4k to 64k tokens, grouped heads, dense causal rows and packed
-documents. On a CPU the same with small sizes in float32, so that it is known to run.
+On a GPU: bfloat16, 32 query heads, head sizes 64 and 128, 4k to 64k tokens, grouped heads, dense causal sequences and
+packed documents. On a CPU: the same with small sizes in float32, to check that the benchmark runs.
 
-TFLOP/s count what is visible: forward 4 * heads * head size * (pairs of a query and a key it sees), backward 2.5 times
-that (five products for two). So a backend that computes what nobody sees has a lower figure, and packed rows are
-comparable with dense ones. A time is the fastest of several, over several calls in a row. Memory is what XLA sets aside
-beside arguments and results. Each backend is compared with `reference` first, values and gradients in float32.
+TFLOP/s count only unmasked scores: forward 4 * heads * head size * (pairs of a query and a key it attends to), backward
+2.5 times that (five products instead of two). A backend that computes masked scores therefore has a lower figure, and
+packed sequences are comparable with dense ones. A time is the fastest of several measurements, each over several
+consecutive calls. Memory is what XLA allocates besides arguments and results. Each backend is first compared with
+`reference`: values and gradients in float32.
 """
 
 import dataclasses
@@ -35,14 +36,14 @@ class Benchmark:
     """Attention backends: TFLOP/s, memory, and errors against the reference."""
 
     lengths: tuple[int, ...] = ()
-    """Tokens of a row; none: 4096 to 65536 on a GPU or TPU, 512 and 1024 on a CPU."""
+    """Tokens per sequence; empty: 4096 to 65536 on a GPU or TPU, 512 and 1024 on a CPU."""
     head_dims: tuple[int, ...] = (64, 128)
     groups: tuple[int, ...] = (1, 4, 8)
     """Query heads for each key/value head."""
     heads: int = 0
     """Query heads; 0: 32, or 8 on a CPU."""
     document: int = 0
-    """Tokens of a packed document; 0: 2048, or a quarter of the row if that is less."""
+    """Tokens per packed document; 0: 2048, or a quarter of the sequence if that is less."""
     implementations: tuple[str, ...] = ()
     """None: all that run here; interpreted kernels do not count."""
     repeats: int = 5
@@ -60,7 +61,7 @@ class Case:
     kv_heads: int
     head_dim: int
     document: int
-    """Tokens of each document in the row."""
+    """Tokens per document in the sequence."""
     dtype: str
 
     @property
@@ -128,7 +129,7 @@ def line(row: dict) -> str:
 
 
 def _timed(call: Callable[[], None], wait: Callable[[], None], repeats: int) -> float:
-    """Seconds of one call: the fastest of some runs, each long enough for the clock."""
+    """Seconds per call: the fastest of several measurements, each long enough for the clock."""
     call()
     wait()
     started = time.perf_counter()
@@ -186,7 +187,7 @@ def ours(case: Case, name: str, repeats: int) -> dict:
 
 
 def torchs(case: Case, repeats: int, cpu: bool) -> dict:
-    """PyTorch's own choice of kernel. Documents, all of one length here, are rows of a batch: the best case for it."""
+    """PyTorch with its default kernel. Documents, all of one length, form a batch, which is its best case."""
     import torch
 
     if not cpu and not torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""Rate and memory of conversions, against `cp` of the same bytes on the same disk, on a synthetic model.
+"""Speed and memory of conversions of a synthetic model, compared with `cp` of the same bytes on the same disk.
 
     python benchmarks/convert.py --folder build/convert --output benchmarks/results/NAME.json
 
-The model has LLaMA-2-7B's shape, random bfloat16 weights (13.5 GB); it and all that is made of it are removed at the
-end. Needs three times that on the disk. Every measurement is a process of its own: its peak resident memory is what the
-kernel says of it, and the files that it reads have been put out of the page cache. A rate is the model's bytes over the
-time until everything is on the disk (a `sync` at the end), set against the mean of three `cp` in the same run.
+The model has the shape of LLaMA-2-7B and random bfloat16 weights (13.5 GB). It needs three times that disk space; all
+files are removed at the end. Every measurement runs in a separate process, whose peak resident memory is reported by
+the kernel, and the files that it reads are evicted from the page cache first. A rate is the size of the model over the
+time until everything is on disk (including a final `sync`), relative to the mean of three `cp` in the same run.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Benchmark:
 
 
 class Synthetic:
-    """A reader of random weights that are nowhere; each tensor of a shape has the same values, rolled."""
+    """A reader that generates random weights; all tensors of a shape have the same values, rolled."""
 
     def __init__(self, config: ModelConfig):
         self.order = param_mapping.tensors(config)
@@ -56,12 +56,12 @@ class Synthetic:
         }
 
     def read(self, tensor: param_mapping.Tensor, index=(...,)) -> np.ndarray:
-        """See `stream.Reader`."""
+        """See `pipeline.Reader`."""
         return np.roll(self._values[tensor.shape], (tensor.layer or 0) + len(tensor.name), axis=0)[index]
 
 
 def seven_b(layers: int) -> ModelConfig:
-    """LLaMA-2-7B's shape."""
+    """The shape of LLaMA-2-7B."""
     return ModelConfig(
         vocab_size=32000,
         hidden_size=4096,
@@ -77,7 +77,7 @@ def seven_b(layers: int) -> ModelConfig:
 
 
 def forget(folder: pathlib.Path) -> None:
-    """Puts the files of a folder out of the page cache."""
+    """Evicts the files of a folder from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -86,7 +86,7 @@ def forget(folder: pathlib.Path) -> None:
 
 
 def run(source: pathlib.Path, command: list[str]) -> tuple[float, float, float]:
-    """Seconds, processor seconds and peak GiB of a process, its files on the disk."""
+    """Seconds, CPU seconds and peak GiB of a process, until its files are on disk."""
     forget(source)
     start = time.monotonic()
     process = subprocess.Popen(command)

@@ -3,10 +3,10 @@
     python benchmarks/convert_parity.py --model demo/model --text demo/text/test/moby_dick.txt \
         --output benchmarks/results/NAME.json
 
-The import is compared on the first tokens of a real text. The export (`linear`, factor 2) is compared on tokens of
-which the second half stands at positions from 12,000: beyond the base window, and far from the first half, which it
-attends to. Float32, all layers, all logits. Exits with status 1 if they differ by more than the tolerance, or if the
-control (the same positions, unscaled) does not differ. `export_parity.py` reads 12,000 real tokens instead.
+The import is compared on the first tokens of a real text. The export (`linear`, factor 2) is compared on tokens whose
+second half has positions from 12,000: beyond the base window, and far from the first half, to which it attends.
+Float32, all layers, all logits. Exits with status 1 if they differ by more than the tolerance, or if the control (the
+same positions, unscaled) does not differ. `export_parity.py` reads 12,000 real tokens instead.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Greedy decoding against transformers' `generate`: the same weights, prompts and number of tokens, in one run.
 
-Each side works in a process of its own, in turns, so that neither has the machine when it is quiet and the other when
-it is not. A side's figure is its fastest call after one that is not timed (compilation); prefill is part of it. The
-tokens of both must be the same, so that a fast wrong answer does not count.
+The two sides run in separate processes and alternate, so that other load on the machine affects both. The result of a
+side is its fastest call, including prefill, after one untimed call (compilation). Both must produce the same tokens, so
+that a fast but wrong answer does not count.
 """
 
 import dataclasses

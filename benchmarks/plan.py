@@ -1,4 +1,4 @@
-r"""Memory of every experiment in `configs/` on the machine it is meant for, and of the limits that are stated for it.
+r"""Memory of every experiment in `configs/` on its intended hardware, and of the limits stated in docs/performance.md.
 
     python benchmarks/plan.py --output benchmarks/results/DATE-plan.json
 

@@ -75,7 +75,7 @@ def _losses(folder: pathlib.Path, name: str) -> dict[int, float]:
 
 
 def loss_table(folder: pathlib.Path) -> str:
-    """Training losses, means over the steps since the row before."""
+    """Training losses, each the mean over the steps since the previous row."""
     runs = {name: _losses(folder, name) for name in ("tuned", "control")}
     lines = [_row(["step", *(MODELS[n] for n in runs)]), _row(["---:"] * 3)]
     lines += [_row([str(s), *(f"{run[s]:.3f}" for run in runs.values())]) for s in sorted(runs["tuned"])]

@@ -2,10 +2,10 @@
 
     python benchmarks/evaluate.py perplexity --model demo/model --data TEXTS --output benchmarks/results/NAME.json
 
-The other side is `tests/transformers_perplexity.py`, which shares nothing with ours and asks transformers for the
-logits of scored tokens only, as ours does. Both run in processes of their own, in turns. Compared is the fastest window
-of each that scores `stride` tokens, since other work on the machine only ever slows things down; beside it stands the
-CPU time of the process. Exits with status 1 if the perplexities differ by more than 0.1 %.
+The other side is `tests/transformers_perplexity.py`, which shares no code with pi_jax and, like pi_jax, computes only
+the logits of scored tokens. Both run in separate processes and alternate. The comparison uses the fastest window of
+each that scores `stride` tokens, because other load on the machine only slows things down; the CPU time of the process
+is reported as well. Exits with status 1 if the perplexities differ by more than 0.1 %.
 """
 
 import dataclasses

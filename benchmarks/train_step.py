@@ -5,12 +5,11 @@
         --output benchmarks/results/NAME.json
 
 The second form is for a GPU: random weights of a published model's shape, with as many layers as fit. With bfloat16
-both sides keep float32 master weights. MFU is by the formula of `pi_jax.train.metrics`, for both sides.
+both sides keep float32 master weights. MFU uses the formula of `pi_jax.train.metrics` for both sides.
 
-One run measures both: each side does its steps in a process of its own, in turns (ours, theirs, ours, ...), so that
-neither has the machine when it is quiet and the other when it is not. A side's figure is its fastest step: on a machine
-with other work the mean says more about that work. The first losses of both are compared, so that a fast wrong answer
-does not count.
+One run measures both sides: they run their steps in separate processes and alternate (ours, theirs, ours, ...), so that
+other load on the machine affects both. The result of a side is its fastest step, because the mean would mostly reflect
+that load. The first losses are compared, so that a fast but wrong answer does not count.
 """
 
 import dataclasses
@@ -47,7 +46,7 @@ class Benchmark:
     compile: bool = False
     """Theirs: by torch.compile."""
     window: int = 2048
-    """Tokens in a step, one row."""
+    """Tokens per step, one sequence."""
     steps: int = 3
     """Timed steps in a turn, after one that is not."""
     turns: int = 2
@@ -176,7 +175,7 @@ def main(args: Benchmark) -> None:
 
 
 def compare(args: Benchmark, *more: str) -> None:
-    """Both sides in turns; `more`: arguments besides those of the command."""
+    """Runs both sides in turn; `more`: additional arguments."""
     from pi_jax.convert.open import open_model
     from pi_jax.train import metrics
 
