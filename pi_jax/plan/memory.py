@@ -18,7 +18,7 @@ from pi_jax import log
 from pi_jax.config import Config, MeshConfig, ModelConfig
 from pi_jax.model import Llama, loss
 from pi_jax.model.attention import attention, sharded
-from pi_jax.parallel import sharding
+from pi_jax.parallel import chips, sharding
 from pi_jax.parallel.chips import GIB
 from pi_jax.plan import hlo
 from pi_jax.plan.topology import Topology
@@ -106,7 +106,7 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
     parts["working memory"] = max(0, peak - sum(parts.values()))
     flops = config.data.batch_size * config.data.window * metrics.flops_per_token(model, config.data.window)
     kind = mesh.devices.flat[0].device_kind
-    peak_flops = next((v for k, v in metrics.PEAK_TFLOPS.items() if k in kind), math.nan) * 1e12 * mesh.size
+    peak_flops = (chips.peak_tflops(kind) or math.nan) * 1e12 * mesh.size
     return Plan(
         topology=name,
         mesh=dict(mesh.shape),
