@@ -39,7 +39,7 @@ CHUNK_TOKENS = 2**15
 """Tokens that are compressed, and read, together."""
 _CACHE_BYTES = 2**26
 _SECONDS_TO_ANSWER = 60
-"""Of a remote store; TensorStore itself would try for a quarter of an hour."""
+"""Seconds to wait for a remote store; TensorStore by itself retries for a quarter of an hour."""
 
 
 def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]]:

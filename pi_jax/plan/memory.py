@@ -26,7 +26,7 @@ from pi_jax.train import abstract, metrics, step
 from pi_jax.train.optimizer import make_optimizer
 
 MARGIN = 0.92
-"""Of a device's memory that a step may take: the rest is the runtime's, NCCL's and fragmentation's. JAX itself takes
+"""Fraction of a device's memory that a step may use; the runtime, NCCL and fragmentation need the rest. JAX itself uses
 only 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION=.92 is set."""
 MFU = (0.3, 0.5)
 """Range of the model FLOP utilisation that the time of a step is estimated from; an assumption, not a measurement."""
