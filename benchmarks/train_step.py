@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from pi_jax.parallel import placement
+from pi_jax.parallel import chips, placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ def compare(args: Benchmark, *more: str) -> None:
     speed = {side: args.window / seconds for side, seconds in best.items()}
     flops = metrics.flops_per_token(open_model(args.model).config, args.window)
     device = results["ours"][0]["device"]
-    peak = next((v * 1e12 for k, v in metrics.PEAK_TFLOPS.items() if k in device), None)
+    peak = chips.peak_tflops(device) * 1e12 or None
     report = {
         "benchmark": "train_step",
         "date": datetime.date.today().isoformat(),

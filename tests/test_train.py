@@ -19,6 +19,7 @@ from pi_jax.config import (
     EvaluateConfig,
     LoggingConfig,
     OptimizerConfig,
+    ProfileConfig,
     RopeConfig,
     TrainConfig,
 )
@@ -326,6 +327,15 @@ def test_resuming_with_other_data_or_model_is_refused(config):
         loop.train(_with(config, model={"rms_norm_eps": 1e-6}), config)
     with pytest.raises(InputError, match=r"train.steps is 1, but .* is at 2"):
         loop.train(_with(config, train={"steps": 1}), config)
+
+
+def test_steps_are_profiled_on_request(config, tmp_path, capsys):
+    loop.train(_with(config, profile={"steps": "2:3"}))
+    folder = pathlib.Path(config.train.output) / "profile"
+    assert len(list(folder.rglob("*.xplane.pb"))) == 1
+    assert f"Profile of steps 2 to 3: {folder}" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"profile.steps is '3:2': it must be FIRST:LAST"):
+        ProfileConfig(steps="3:2")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):

@@ -14,6 +14,7 @@ from pi_jax.config.schema import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     RopeConfig,
     TrainConfig,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ProfileConfig",
     "RopeConfig",
     "TrainConfig",
     "describe",

@@ -6,6 +6,7 @@ names of Hugging Face's `LlamaConfig`.
 """
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 import tyro
@@ -307,6 +308,27 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps by `jax.profiler`, for TensorBoard or Perfetto."""
+
+    steps: str = ""
+    """Steps to trace, FIRST:LAST, such as '10:13' for the steps 10 to 13, into `OUTPUT/profile`; empty: no trace.
+    Leave out the first step, which compiles."""
+
+    def __post_init__(self):
+        require_types("profile", self)
+        first, last = self.bounds
+        message = f"profile.steps is {self.steps!r}: it must be FIRST:LAST with 1 <= FIRST <= LAST, such as 10:13"
+        require(not self.steps or 1 <= first <= last, message)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First and last step of the trace; (0, 0) without one."""
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.steps)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -321,3 +343,4 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()

@@ -14,12 +14,9 @@ from typing import Any
 
 from etils import epath
 
+from pi_jax.data.tokenizer import TOKENIZER_FILES
 from pi_jax.errors import InputError
 
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.jinja chat_template.json"
-).split()
 GENERATION_FILE = "generation_config.json"
 
 

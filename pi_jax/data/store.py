@@ -28,7 +28,7 @@ import tensorstore as ts
 from jaxtyping import Int
 
 from pi_jax import __version__
-from pi_jax.data.tokenizer import TokenizerInfo
+from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo
 from pi_jax.errors import InputError
 
 FORMAT = 1
@@ -39,10 +39,7 @@ CHUNK_TOKENS = 2**15
 """Tokens that are compressed, and read, together."""
 _CACHE_BYTES = 2**26
 _SECONDS_TO_ANSWER = 60
-"""Of a remote store; TensorStore itself would try for a quarter of an hour."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES += ("tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
+"""Seconds to wait for a remote store; TensorStore by itself retries for a quarter of an hour."""
 
 
 def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]]:

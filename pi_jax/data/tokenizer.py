@@ -1,3 +1,5 @@
+"""Tokenizers: loading, encoding with special tokens, prompts, and what a store records of one."""
+
 import dataclasses
 import hashlib
 import json
@@ -9,6 +11,19 @@ from typing import Any
 import numpy as np
 
 from pi_jax.errors import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a tokenizer in a model folder; those that exist are copied with it."""
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -38,7 +38,7 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 NEW_TOKENS = 10
-"""Of an answer."""
+"""Tokens of an answer."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import tyro
 
 from pi_jax import cli
 from pi_jax.errors import InputError
+from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
 from pi_jax.generate.generator import stop_tokens
 from pi_jax.generate.streaming import Stream
@@ -72,13 +73,13 @@ def generate(args: Generate) -> list[str]:
     elif jax.process_index() == 0:
         for text, continuation in zip(texts, continuations, strict=True):
             print(f"--- {text[:60]!r}\n{continuation}")
-    if args.output and jax.process_index() == 0:
+    if args.output:
         found = zip(texts, continuations, map(len, prompts), map(len, new), strict=True)
         names = ("prompt", "continuation", "prompt_tokens", "new_tokens")
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k in ("temperature", "top_p", "seed", "dtype")}
         results = [dict(zip(names, row, strict=True)) for row in found]
         head = {"command": "generate", "model": args.model, "rope": f"{source.config.rope}"}
-        cli.write_json(args.output, head | settings | {"results": results})
+        result.write(args.output, head | settings | {"results": results})
     return continuations
 
 

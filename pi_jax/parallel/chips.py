@@ -58,3 +58,21 @@ gpu_device_info {{
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"
 """
+
+# Dense bf16 peak of one device, TFLOP/s, from the makers' data sheets; the key is part of `device_kind`.
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6": 918.0,
+}
+
+
+def peak_tflops(device_kind: str) -> float:
+    """Dense bf16 peak of a device by its `device_kind`, in TFLOP/s; 0 for an unknown one."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_kind), 0.0)

@@ -18,7 +18,7 @@ from pi_jax import log
 from pi_jax.config import Config, MeshConfig, ModelConfig
 from pi_jax.model import Llama, loss
 from pi_jax.model.attention import attention, sharded
-from pi_jax.parallel import sharding
+from pi_jax.parallel import chips, sharding
 from pi_jax.parallel.chips import GIB
 from pi_jax.plan import hlo
 from pi_jax.plan.topology import Topology
@@ -26,7 +26,7 @@ from pi_jax.train import abstract, metrics, step
 from pi_jax.train.optimizer import make_optimizer
 
 MARGIN = 0.92
-"""Of a device's memory that a step may take: the rest is the runtime's, NCCL's and fragmentation's. JAX itself takes
+"""Fraction of a device's memory that a step may use; the runtime, NCCL and fragmentation need the rest. JAX itself uses
 only 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION=.92 is set."""
 MFU = (0.3, 0.5)
 """Range of the model FLOP utilisation that the time of a step is estimated from; an assumption, not a measurement."""
@@ -106,7 +106,7 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
     parts["working memory"] = max(0, peak - sum(parts.values()))
     flops = config.data.batch_size * config.data.window * metrics.flops_per_token(model, config.data.window)
     kind = mesh.devices.flat[0].device_kind
-    peak_flops = next((v for k, v in metrics.PEAK_TFLOPS.items() if k in kind), math.nan) * 1e12 * mesh.size
+    peak_flops = (chips.peak_tflops(kind) or math.nan) * 1e12 * mesh.size
     return Plan(
         topology=name,
         mesh=dict(mesh.shape),

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Complex, Float
 
 SEED = 0
-"""Of all that is drawn at random."""
+"""Seed of all random numbers."""
 
 
 def frequencies(head_dim: int, theta: float = 10000.0) -> Float[np.ndarray, "R"]:

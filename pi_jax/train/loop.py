@@ -17,7 +17,7 @@ import numpy as np
 
 from pi_jax import cli, log
 from pi_jax.checkpoint import Checkpoints
-from pi_jax.config import Config, describe, flatten
+from pi_jax.config import Config, ProfileConfig, describe, flatten
 from pi_jax.convert.folders import read_json
 from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.errors import InputError
@@ -112,6 +112,7 @@ def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, lo
     step_fn, identity = make_step(experiment.optimizer), experiment.identity
     rows, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
     first = int(state.step)
+    profiler = _Profiler(output / "profile", config.profile, steps)
     if first == 0 and config.evaluate.every:
         evaluation(state.model, mesh, 0, logger)
     clock = _Clock(experiment, first)
@@ -119,7 +120,9 @@ def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, lo
     for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, rows), strict=False):
         step = index + 1
         batch = {k: batch[k] for k in names}
-        state, values = step_fn(state, placement.put_batch(mesh, batch, rows.start, config.data.batch_size))
+        with profiler.step(step, state):
+            state, values = step_fn(state, placement.put_batch(mesh, batch, rows.start, config.data.batch_size))
+        profiler.after(step, state)
         clock.add(values)
         if step == first + 1 or step % config.logging.every == 0 or step == steps:
             means = clock.means(step)  # the only place that waits for the device
@@ -144,6 +147,31 @@ def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, lo
                 if jax.process_index() == 0:
                     export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
     return {"steps": steps, "final": means, **evaluation(state.model, mesh, steps, logger)}
+
+
+class _Profiler:
+    """Traces the steps of `profile.steps`, on process 0."""
+
+    def __init__(self, folder: pathlib.Path, config: ProfileConfig, steps: int):
+        self._folder, self._running = folder, False
+        self._first, last = config.bounds
+        self._last = min(last, steps)
+
+    def step(self, step: int, state: TrainState) -> contextlib.AbstractContextManager:
+        """Marks a step in the trace; begins the trace with its first step."""
+        if step == self._first and jax.process_index() == 0:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step: int, state: TrainState) -> None:
+        """Ends the trace after its last step."""
+        if self._running and step == self._last:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
+            log.info(f"Profile of steps {self._first} to {step}: {self._folder}")
 
 
 class _Clock:

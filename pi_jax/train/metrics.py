@@ -14,19 +14,7 @@ import jax
 
 from pi_jax.config import LoggingConfig, ModelConfig
 from pi_jax.errors import InputError
-
-# Dense bf16 peak of one device, TFLOP/s, from the makers' data sheets; the key is part of `device_kind`.
-PEAK_TFLOPS = {
-    "A100": 312.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "B200": 2250.0,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v6": 918.0,
-}
+from pi_jax.parallel import chips
 
 
 def flops_per_token(model: ModelConfig, window: int) -> float:
@@ -41,7 +29,7 @@ def flops_per_token(model: ModelConfig, window: int) -> float:
 def peak_flops(config: LoggingConfig) -> float | None:
     """FLOP/s of all devices at their peak; None where it is not known."""
     kind = jax.devices()[0].device_kind
-    tflops = config.peak_tflops or next((v for k, v in PEAK_TFLOPS.items() if k in kind), 0.0)
+    tflops = config.peak_tflops or chips.peak_tflops(kind)
     return tflops * 1e12 * jax.device_count() or None
 
 

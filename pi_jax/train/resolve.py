@@ -9,10 +9,9 @@ import optax
 
 from pi_jax import tiny
 from pi_jax.config import BUILTIN, Config, ModelConfig, extend
-from pi_jax.convert.folders import TOKENIZER_FILES
 from pi_jax.convert.open import Source, open_model
 from pi_jax.data.pipeline import Pipeline, open_pipeline
-from pi_jax.data.tokenizer import TokenizerInfo, load_tokenizer
+from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo, load_tokenizer
 from pi_jax.errors import InputError
 from pi_jax.model.loss import batch_loss
 from pi_jax.parallel import sharding

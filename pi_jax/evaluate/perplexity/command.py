@@ -32,7 +32,7 @@ from pi_jax.evaluate.perplexity.sliding import Partial, Window, identity, plan_w
 from pi_jax.model import Llama
 
 _CHARACTERS_A_TOKEN = 64
-"""Of a text whose first tokens are wanted, this many characters a token are tokenized first."""
+"""Characters per token to tokenize first, where only the first tokens of a text are needed."""
 _CURVE_POINTS = 64
 
 BosPolicy = Literal["none", "document", "window"]

@@ -1,4 +1,4 @@
-"""RULER (Hsieh et al. 2024): up to which length does a model do more than find one key? See `ruler_tasks`."""
+"""RULER (Hsieh et al. 2024): up to which length does a model do more than find one key? The tasks are in `tasks`."""
 
 import dataclasses
 from collections.abc import Sequence
