@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -75,6 +76,19 @@ def test_launchers_are_recognised(env, expected):
 def test_variables_that_contradict_each_other_are_refused(env, message):
     with pytest.raises(InputError, match=message):
         detect(env)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_unless_told_otherwise(monkeypatch, tmp_path):
+    ours = jax.config.jax_compilation_cache_dir
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        xla_options.cache_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == ours  # JAX_COMPILATION_CACHE_DIR is set in tests
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        xla_options.cache_compiled_programs()
+        assert pathlib.Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "pi_jax"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", ours)
 
 
 def test_unknown_xla_flags_are_left_out(monkeypatch):

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from pi_jax import log
 from pi_jax.errors import InputError
 from pi_jax.parallel.cluster import Cluster, detect, number
-from pi_jax.parallel.xla_options import set_xla_options
+from pi_jax.parallel.xla_options import cache_compiled_programs, set_xla_options
 
 REQUEUE = 75
 """Exit status of a preempted run that saved a checkpoint (EX_TEMPFAIL): run the same command again to resume."""
@@ -36,6 +36,7 @@ def initialize() -> None:
       InputError: if the variables contradict each other, or the coordinator does not answer in time.
     """
     set_xla_options(os.environ)
+    cache_compiled_programs()
     cluster = detect(os.environ)
     timeout = number(os.environ, "PI_JAX_TIMEOUT", "300")
     limits = {

@@ -1,9 +1,17 @@
-"""XLA flags and environment variables worth setting, by GPU generation. The user's own settings always win."""
+"""XLA settings of every command: flags by GPU generation, and the cache of compiled programs.
 
+The user's own settings always win.
+"""
+
+import hashlib
 import os
+import pathlib
+import platform
 import re
 import subprocess
 import sys
+
+import jax
 
 # From NVIDIA's JAX-Toolbox, docs/GPU_performance.md; not measured by us.
 _SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=true"  # gathers weights of a layer during the one before
@@ -53,3 +61,30 @@ def _gpu_generation() -> int:
         return 0
     match = re.match(r"\s*(\d+)\.", found)
     return int(match[1]) if match else 0
+
+
+def cache_compiled_programs() -> None:
+    """Keeps compiled programs on disk, so that the same command starts faster the next time.
+
+    They are in `~/.cache/pi_jax` (or `$XDG_CACHE_HOME/pi_jax`), in a folder per kind of CPU, because XLA compiles for
+    the instructions of the machine it runs on. `JAX_COMPILATION_CACHE_DIR` moves the cache; set but empty, it turns the
+    cache off.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pi_jax"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home, or a read-only one: compile every time
+        return
+    jax.config.update("jax_compilation_cache_dir", str(root / _cpu_kind()))
+
+
+def _cpu_kind() -> str:
+    """The same on machines whose CPUs have the same instructions."""
+    try:
+        flags = re.search(r"^(flags|Features)\s*:(.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        flags = None
+    described = flags[2] if flags else platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"

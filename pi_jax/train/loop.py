@@ -119,9 +119,9 @@ def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, lo
     means = None
     for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, rows), strict=False):
         step = index + 1
-        batch = {k: batch[k] for k in names}
-        with profiler.step(step, state):
-            state, values = step_fn(state, placement.put_batch(mesh, batch, rows.start, config.data.batch_size))
+        batch = placement.put_batch(mesh, {k: batch[k] for k in names}, rows.start, config.data.batch_size)
+        with profiler.step(step, state), jax.transfer_guard("disallow"):  # a hidden transfer would stall every step
+            state, values = step_fn(state, batch)
         profiler.after(step, state)
         clock.add(values)
         if step == first + 1 or step % config.logging.every == 0 or step == steps:
