@@ -6,9 +6,9 @@ import pytest
 
 from pi_jax.config import ComputeConfig, LoggingConfig, ModelConfig
 from pi_jax.model import Llama
-from pi_jax.model.loss import batch_loss
 from pi_jax.tiny import tiny_model_config
 from pi_jax.train import metrics
+from pi_jax.train.step import batch_loss
 
 
 def test_flops_of_llama_7b_at_32k():

@@ -12,9 +12,9 @@ from pi_jax.config import ComputeConfig
 from pi_jax.convert import param_mapping
 from pi_jax.convert.formats import hf
 from pi_jax.model import Llama, parameter_axes
-from pi_jax.model.loss import batch_loss
 from pi_jax.rope import Default, Linear
 from pi_jax.tiny import tiny_model_config
+from pi_jax.train.step import batch_loss
 
 FLOAT32 = ComputeConfig(dtype="float32", remat="layer", loss_chunk=16)
 SHAPES = {

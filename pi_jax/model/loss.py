@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pi_jax.model import Llama
 from pi_jax.parallel import sharding
 
 
@@ -141,25 +140,3 @@ def _backward(chunk, gradients, cotangent):
 
 
 _weighted_loss.defvjp(_forward, _backward)
-
-
-def batch_loss(model: Llama, batch: dict[str, Array], total: Float[Array, ""] | None = None) -> Float[Array, ""]:
-    """Mean loss in nats per token, weighted by `loss_weights`, of a batch placed by `placement.put_batch`.
-
-    Args:
-      model: the model.
-      batch: `tokens`, `targets`, `positions`, optionally `segment_ids` (integers), and `loss_weights` (float32), each
-        [B, S].
-      total: divisor of the sum, if this is one part of a batch; None: the sum of the weights.
-    """
-    hidden_BSD = model(batch["tokens"], batch["positions"], batch.get("segment_ids"), zigzag=True)
-    weights_BS = batch["loss_weights"]
-    with jax.named_scope("loss"):
-        chunk = model.compute.loss_chunk
-        summed = weighted_loss(hidden_BSD, model.output_weights(), batch["targets"], weights_BS, chunk)
-        return summed / (total_weight(batch) if total is None else total)
-
-
-def total_weight(batch: dict[str, Array]) -> Float[Array, ""]:
-    """Sum of the loss weights of a batch, at least 1."""
-    return jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)

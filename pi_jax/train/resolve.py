@@ -13,11 +13,11 @@ from pi_jax.convert.open import Source, open_model
 from pi_jax.data.pipeline import Pipeline, open_pipeline
 from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo, load_tokenizer
 from pi_jax.errors import InputError
-from pi_jax.model.loss import batch_loss
 from pi_jax.parallel import sharding
 from pi_jax.train.abstract import abstract_batch, abstract_model, check_sizes
 from pi_jax.train.eval_hook import Evaluation
 from pi_jax.train.optimizer import make_optimizer
+from pi_jax.train.step import batch_loss
 
 # Fields of `ModelConfig` that must be the same when a run resumes. A new one belongs here if it changes the function
 # that the weights compute.

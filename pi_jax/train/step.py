@@ -1,4 +1,4 @@
-"""One update of the model: its state, the compiled step, and the shapes and places of both without any arrays."""
+"""One update of the model: its state, the loss of a batch, and the compiled step."""
 
 import dataclasses
 import functools
@@ -7,9 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from pi_jax.model import Llama
-from pi_jax.model.loss import batch_loss, total_weight
+from pi_jax.model.loss import weighted_loss
 from pi_jax.parallel import placement
 
 
@@ -40,6 +41,28 @@ def make_step(optimizer: optax.GradientTransformation) -> StepFn:
         return TrainState(state.step + 1, model, opt_state), values
 
     return step
+
+
+def batch_loss(model: Llama, batch: dict[str, Array], total: Float[Array, ""] | None = None) -> Float[Array, ""]:
+    """Mean loss in nats per token, weighted by `loss_weights`, of a batch placed by `placement.put_batch`.
+
+    Args:
+      model: the model.
+      batch: `tokens`, `targets`, `positions`, optionally `segment_ids` (integers), and `loss_weights` (float32), each
+        [B, S].
+      total: divisor of the sum, if this is one part of a batch; None: the sum of the weights.
+    """
+    hidden_BSD = model(batch["tokens"], batch["positions"], batch.get("segment_ids"), zigzag=True)
+    weights_BS = batch["loss_weights"]
+    with jax.named_scope("loss"):
+        chunk = model.compute.loss_chunk
+        summed = weighted_loss(hidden_BSD, model.output_weights(), batch["targets"], weights_BS, chunk)
+        return summed / (total_weight(batch) if total is None else total)
+
+
+def total_weight(batch: dict[str, Array]) -> Float[Array, ""]:
+    """Sum of the loss weights of a batch, at least 1."""
+    return jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
 
 
 def _loss_and_gradients(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, Llama]:
