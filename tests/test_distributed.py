@@ -58,8 +58,42 @@ def test_launchers_are_recognised(env, expected):
 
 
 @pytest.mark.parametrize(
+    "nodes, host",
+    [
+        ("alpha,beta", "alpha"),
+        ("linux[1,2]", "linux1"),
+        ("d05-[041-042]", "d05-041"),
+        ("gpu-a100[3,7-9],cpu[01-02]", "gpu-a1003"),
+        ("node[001-002]-ib", "node001-ib"),
+        ("rack[0-1]node[1-4]", "rack0node1"),
+        ("tux[0-1]x[0-3]y,login", "tux0x0y"),
+        ("gpu1.cluster.example", "gpu1.cluster.example"),
+    ],
+)
+def test_the_coordinator_is_the_first_host_of_a_slurm_node_list(nodes, host):
+    """As `scontrol show hostnames` expands it."""
+    assert detect(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator == f"{host}:61441"
+
+
+def test_mpirun_inside_a_slurm_job_is_open_mpi():
+    """On another node of the job, mpirun's helper is itself a SLURM step of one task."""
+    ranks = MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:4"}
+    helper = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node012", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    for slurm in (SLURM, helper):
+        assert detect(slurm | ranks) == detect(ranks) == Cluster("Open MPI", "h:29400", 4, 2, (0,))
+
+
+def test_empty_variables_count_as_unset():
+    assert detect(SLURM | dict.fromkeys(EXPLICIT | TORCHRUN | MPI, "")) == detect(SLURM)
+    assert detect(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "", "SLURM_TASKS_PER_NODE": "1(x32)"}).local_devices is None
+
+
+@pytest.mark.parametrize(
     "env, message",
     [
+        (SLURM | {"SLURM_STEP_NODELIST": "(null)"}, "SLURM_STEP_NODELIST is '\\(null\\)': it must be a list of hosts"),
+        (SLURM | {"SLURM_STEP_NODELIST": "[1-2]"}, "SLURM_STEP_NODELIST is"),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE is 'x'"),
         ({"PI_JAX_NUM_PROCESSES": "2", "PI_JAX_PROCESS_ID": "0"}, "PI_JAX_COORDINATOR is '': it must be HOST:PORT"),
         (EXPLICIT | {"PI_JAX_COORDINATOR": "host"}, "it must be HOST:PORT"),
         ({"PI_JAX_COORDINATOR": "a:1"}, "PI_JAX_NUM_PROCESSES is not set"),

@@ -1,7 +1,8 @@
-"""What the launcher of a cluster says of this process; the only module that reads cluster variables.
+"""Finds out from a launcher's environment variables which process this is; the only module that reads them.
 
-`detect` asks, in this order: our own variables, torchrun-like ones, SLURM, Open MPI. The first that answers wins. TPU
-pods are left to JAX's own detection. Without an answer there is one process, which drives all local devices.
+`detect` looks, in this order, for our own variables, torchrun's, Open MPI's and SLURM's. The first launcher found wins:
+`mpirun` inside `sbatch` sets both Open MPI's and SLURM's, and only Open MPI's describe its processes. An empty variable
+counts as unset. TPU pods are left to JAX's own detection. Without a launcher, one process drives all local devices.
 
 | variables | |
 | --- | --- |
@@ -36,7 +37,8 @@ def detect(env: Mapping[str, str]) -> Cluster | None:
     Raises:
       InputError: if a launcher's variables are incomplete or contradict each other.
     """
-    for ask in (_explicit, _torchrun, _slurm, _open_mpi):
+    env = {name: value for name, value in env.items() if value}
+    for ask in (_explicit, _torchrun, _open_mpi, _slurm):
         if (cluster := ask(env)) is not None:
             if not 0 <= cluster.process < cluster.processes:
                 raise InputError(
@@ -92,11 +94,27 @@ def _slurm(env):
         return Cluster("SLURM", "", 1, 0)
     if "SLURM_STEP_NODELIST" not in env:
         raise InputError(f"{tasks} is {processes}, but this is no step of the job: start pi_jax by `srun`")
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"])
+    host = _first_host(env["SLURM_STEP_NODELIST"])
     port = 61440 + number(env, "SLURM_JOB_ID") % 4096
-    each = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))
-    own = _own(env, "SLURM_LOCALID", int(each[0]) > 1)
-    return Cluster("SLURM", f"{first[1]}{first[2] or ''}:{port}", processes, number(env, "SLURM_PROCID"), own)
+    name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in env else "SLURM_TASKS_PER_NODE"
+    per_node = re.match(r"\d+", env.get(name, "1"))
+    if not per_node:
+        raise InputError(f"{name} is {env[name]!r}: it must begin with a number, such as 2(x3)")
+    own = _own(env, "SLURM_LOCALID", int(per_node[0]) > 1)
+    return Cluster("SLURM", f"{host}:{port}", processes, number(env, "SLURM_PROCID"), own)
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: `rack[0-1]node[01-04]-ib,login` begins with `rack0node01-ib`.
+
+    Raises:
+      InputError: if the list does not begin with the name of a host.
+    """
+    bracket = r"\[(\d+)[\d,-]*\]"
+    first = re.match(rf"(?:[\w.-]|{bracket})+(?=,|$)", nodes)
+    if not first or nodes.startswith("["):
+        raise InputError(f"SLURM_STEP_NODELIST is {nodes!r}: it must be a list of hosts, such as node[01-04]")
+    return re.sub(bracket, r"\1", first[0])
 
 
 def _open_mpi(env):
