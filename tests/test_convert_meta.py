@@ -340,11 +340,11 @@ def test_the_table_agrees_with_the_model():
     config = tiny_model_config()
     model = abstract(config, FLOAT32)
     axes, leaves = parameter_axes(model), by_name(model)
-    assert {weight.name for weight in param_mapping.TABLE} == set(axes)
-    for weight in param_mapping.TABLE:
-        lead = ("layers",) if weight.stacked else ()
-        assert axes[weight.name] == lead + weight.axes, weight.name
-        assert leaves[weight.name].shape[len(lead) :] == weight.shape(config), weight.name
+    assert {spec.name for spec in param_mapping.PARAM_SPECS} == set(axes)
+    for spec in param_mapping.PARAM_SPECS:
+        lead = ("layers",) if spec.stacked else ()
+        assert axes[spec.name] == lead + spec.axes, spec.name
+        assert leaves[spec.name].shape[len(lead) :] == spec.shape(config), spec.name
 
 
 def _edit(path: pathlib.Path, **changes):

@@ -95,7 +95,7 @@ def test_a_run_is_read_a_layer_at_a_time_on_any_mesh(shape, model, tmp_path):
     assert reader.step == 2 and reader._weights.layers_apart
     leaves = trees.by_name(model)
     for tensor in reader.order:
-        ours = leaves[tensor.weight.name] if tensor.layer is None else leaves[tensor.weight.name][tensor.layer]
+        ours = leaves[tensor.spec.name] if tensor.layer is None else leaves[tensor.spec.name][tensor.layer]
         np.testing.assert_array_equal(reader.read(tensor), 2 * np.asarray(ours).reshape(tensor.shape))
 
 
@@ -121,7 +121,7 @@ def test_checkpoints_with_all_layers_in_one_piece_are_read_too(model, tmp_path, 
         _save_run(tmp_path / "run", model)
     reader = native.Reader(tmp_path / "run", model.config)
     assert not reader._weights.layers_apart
-    names = [tensor.weight.name for tensor in reader.order]
+    names = [tensor.spec.name for tensor in reader.order]
     assert names == sorted(names, key=names.index)  # a parameter's layers one after the other
     target = _convert(tmp_path / "run", tmp_path / "out", "hf", step=1)
     with jax.set_mesh(mesh):

@@ -23,7 +23,7 @@ Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class ParamSpec:
     """One parameter, in all layers."""
 
     name: str
@@ -75,39 +75,39 @@ class Weight:
 
 _ATTENTION, _MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 _HEADS, _KV_HEADS = ("heads", "head", "embed"), ("kv_heads", "head", "embed")
-_NORM, _IN, _OUT, _TABLE = ("norm",), ("mlp", "embed"), ("embed", "mlp"), ("vocab", "embed")
+_NORM, _IN, _OUT, _VOCAB = ("norm",), ("mlp", "embed"), ("embed", "mlp"), ("vocab", "embed")
 
 # Meta splits the embedding by columns up to LLaMA 2 and by rows since Llama 3: `meta.py` looks at the shapes.
-TABLE = (
-    Weight("embedding", "model.embed_tokens.weight", "tok_embeddings.weight", _TABLE, 1),
-    Weight(
+PARAM_SPECS = (
+    ParamSpec("embedding", "model.embed_tokens.weight", "tok_embeddings.weight", _VOCAB, 1),
+    ParamSpec(
         "layers.attention_norm.scale",
         "model.layers.{}.input_layernorm.weight",
         "layers.{}.attention_norm.weight",
         _NORM,
         None,
     ),
-    Weight("layers.attention.q", _ATTENTION + "q_proj.weight", "layers.{}.attention.wq.weight", _HEADS, 0, True),
-    Weight("layers.attention.k", _ATTENTION + "k_proj.weight", "layers.{}.attention.wk.weight", _KV_HEADS, 0, True),
-    Weight("layers.attention.v", _ATTENTION + "v_proj.weight", "layers.{}.attention.wv.weight", _KV_HEADS, 0),
-    Weight(
+    ParamSpec("layers.attention.q", _ATTENTION + "q_proj.weight", "layers.{}.attention.wq.weight", _HEADS, 0, True),
+    ParamSpec("layers.attention.k", _ATTENTION + "k_proj.weight", "layers.{}.attention.wk.weight", _KV_HEADS, 0, True),
+    ParamSpec("layers.attention.v", _ATTENTION + "v_proj.weight", "layers.{}.attention.wv.weight", _KV_HEADS, 0),
+    ParamSpec(
         "layers.attention.o", _ATTENTION + "o_proj.weight", "layers.{}.attention.wo.weight", ("embed",) + _HEADS[:2], 1
     ),
-    Weight(
+    ParamSpec(
         "layers.mlp_norm.scale",
         "model.layers.{}.post_attention_layernorm.weight",
         "layers.{}.ffn_norm.weight",
         _NORM,
         None,
     ),
-    Weight("layers.mlp.gate", _MLP + "gate_proj.weight", "layers.{}.feed_forward.w1.weight", _IN, 0),
-    Weight("layers.mlp.up", _MLP + "up_proj.weight", "layers.{}.feed_forward.w3.weight", _IN, 0),
-    Weight("layers.mlp.down", _MLP + "down_proj.weight", "layers.{}.feed_forward.w2.weight", _OUT, 1),
-    Weight("norm.scale", "model.norm.weight", "norm.weight", _NORM, None),
-    Weight("head", "lm_head.weight", "output.weight", _TABLE, 0),
+    ParamSpec("layers.mlp.gate", _MLP + "gate_proj.weight", "layers.{}.feed_forward.w1.weight", _IN, 0),
+    ParamSpec("layers.mlp.up", _MLP + "up_proj.weight", "layers.{}.feed_forward.w3.weight", _IN, 0),
+    ParamSpec("layers.mlp.down", _MLP + "down_proj.weight", "layers.{}.feed_forward.w2.weight", _OUT, 1),
+    ParamSpec("norm.scale", "model.norm.weight", "norm.weight", _NORM, None),
+    ParamSpec("head", "lm_head.weight", "output.weight", _VOCAB, 0),
 )
 
-HF_NAMES = {weight.name: weight.hf for weight in TABLE}
+HF_NAMES = {spec.name: spec.hf for spec in PARAM_SPECS}
 
 HF_IGNORED = (".rotary_emb.inv_freq",)
 """Endings of tensors that old files carry and that hold no weights."""
@@ -119,7 +119,7 @@ META_IGNORED = ("rope.freqs",)
 class Tensor:
     """One layer of one parameter, as it crosses the border."""
 
-    weight: Weight
+    spec: ParamSpec
     layer: int | None
     shape: tuple[int, ...]
     """Hugging Face's."""
@@ -127,33 +127,33 @@ class Tensor:
     @property
     def name(self) -> str:
         """Hugging Face's."""
-        return self.weight.hf.format(self.layer)
+        return self.spec.hf.format(self.layer)
 
     @property
     def meta_name(self) -> str:
         """Meta's."""
-        return self.weight.meta.format(self.layer)
+        return self.spec.meta.format(self.layer)
 
 
-def table(config: ModelConfig) -> list[Weight]:
+def param_specs(config: ModelConfig) -> list[ParamSpec]:
     """The parameters of a model: without a head of its own where that is tied to the embedding."""
-    return [weight for weight in TABLE if weight.name != "head" or not config.tie_word_embeddings]
+    return [spec for spec in PARAM_SPECS if spec.name != "head" or not config.tie_word_embeddings]
 
 
 def stacks(config: ModelConfig) -> dict[str, list[Tensor]]:
     """Name of each parameter of ours -> its tensors, one a layer."""
     return {
-        weight.name: [
-            Tensor(weight, layer, weight.hf_shape(config))
-            for layer in (range(config.num_hidden_layers) if weight.stacked else [None])
+        spec.name: [
+            Tensor(spec, layer, spec.hf_shape(config))
+            for layer in (range(config.num_hidden_layers) if spec.stacked else [None])
         ]
-        for weight in table(config)
+        for spec in param_specs(config)
     }
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
     """Every tensor of a model, layer after layer: the order in which it is computed."""
     by_name = stacks(config)
-    layers = zip(*(found for found in by_name.values() if found[0].weight.stacked), strict=True)
-    first, *rest = (found[0] for found in by_name.values() if not found[0].weight.stacked)
+    layers = zip(*(found for found in by_name.values() if found[0].spec.stacked), strict=True)
+    first, *rest = (found[0] for found in by_name.values() if not found[0].spec.stacked)
     return [first, *(tensor for layer in layers for tensor in layer), *rest]

@@ -29,9 +29,9 @@ def load(reader: pipeline.Reader, config: ModelConfig, compute: ComputeConfig, m
     def parameter(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         place = sharding.named(mesh, axes[name])
         tensors = stacks[name]
-        weight = tensors[0].weight
-        shape = (len(tensors), *weight.shape(config))  # what has no layers is treated as having one
-        one = () if weight.stacked else (slice(None),)
+        spec = tensors[0].spec
+        shape = (len(tensors), *spec.shape(config))  # what has no layers is treated as having one
+        one = () if spec.stacked else (slice(None),)
         parts = {
             device: _bounds((*one, *index), shape)
             for device, index in place.addressable_devices_indices_map(leaf.shape).items()
@@ -40,7 +40,7 @@ def load(reader: pipeline.Reader, config: ModelConfig, compute: ComputeConfig, m
             part: np.empty([b - a for a, b in part], leaf.dtype) for part in parts.values()
         }  # replicas share one
         layers, *box = ((min(p[i][0] for p in buffers), max(p[i][1] for p in buffers)) for i in range(len(shape)))
-        needed = weight.hf_index(tuple(slice(*bounds) for bounds in box), config)
+        needed = spec.hf_index(tuple(slice(*bounds) for bounds in box), config)
         for layer in range(*layers):
             whole = reader.read(tensors[layer], needed).reshape([b - a for a, b in box])
             for ((first, last), *bounds), buffer in buffers.items():
@@ -67,11 +67,11 @@ class Reader:
         self._leaves = trees.by_name(model)
         self.order = param_mapping.tensors(model.config)
         self._shapes = {tensor.name: tensor.shape for tensor in self.order}
-        self.dtypes = {tensor.name: np.dtype(self._leaves[tensor.weight.name].dtype) for tensor in self.order}
+        self.dtypes = {tensor.name: np.dtype(self._leaves[tensor.spec.name].dtype) for tensor in self.order}
 
     def read(self, tensor: param_mapping.Tensor, index: param_mapping.Index = (...,)) -> np.ndarray:
         """See `stream.Reader`."""
-        leaf = self._leaves[tensor.weight.name]
+        leaf = self._leaves[tensor.spec.name]
         array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
         return pipeline.require_finite(
             "the model", tensor.name, np.ascontiguousarray(array.reshape(self._shapes[tensor.name]))

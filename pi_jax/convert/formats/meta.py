@@ -231,7 +231,7 @@ class Reader:
         for file in folder.files:
             found = folder.names(file) - ({"output.weight"} if config.tie_word_embeddings else set())
             hf.require_names(file.path, wanted, found, PARAMS)
-        self._joined = {t.name: folder.joined(t.meta_name, t.weight.meta_split) for t in self.order}
+        self._joined = {t.name: folder.joined(t.meta_name, t.spec.meta_split) for t in self.order}
         for tensor in self.order:
             joined = self._joined[tensor.name]
             hf.require_shape(f"{folder.path}: {tensor.meta_name}", joined.shape, tensor.shape, PARAMS)
@@ -241,7 +241,7 @@ class Reader:
         """See `stream.Reader`; of q and k whole heads only."""
         full = tuple(slice(None) for _ in tensor.shape)
         array = self._joined[tensor.name].read(full if index[0] is ... else index)
-        return halves(array, self._config.head_dim) if tensor.weight.meta_pairs else array
+        return halves(array, self._config.head_dim) if tensor.spec.meta_pairs else array
 
 
 def halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -321,14 +321,14 @@ class Writer:
 
     def _parts(self, tensor: param_mapping.Tensor) -> list[tuple[str, int | None]]:
         """Names under which a tensor is written, and the dimension split; a tied embedding is Meta's head as well."""
-        if tensor.weight.name != "embedding":
-            return [(tensor.meta_name, tensor.weight.meta_split)]
+        if tensor.spec.name != "embedding":
+            return [(tensor.meta_name, tensor.spec.meta_split)]
         head = [("output.weight", 0)] if self._config.tie_word_embeddings else []
         return [(tensor.meta_name, self._embedding_split), *head]
 
     def write(self, tensor: param_mapping.Tensor, array: np.ndarray) -> None:
         """Takes the next tensor."""
-        if tensor.weight.meta_pairs:
+        if tensor.spec.meta_pairs:
             array = pairs(array, self._config.head_dim)
         for name, split in self._parts(tensor):
             for number, file in enumerate(self._files):

@@ -24,7 +24,7 @@ _PREFIX = "model."
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {
-        name: ((len(tensors),) if tensors[0].weight.stacked else ()) + tensors[0].weight.shape(config)
+        name: ((len(tensors),) if tensors[0].spec.stacked else ()) + tensors[0].spec.shape(config)
         for name, tensors in param_mapping.stacks(config).items()
     }
 
@@ -48,13 +48,13 @@ class Reader:
         stacks = param_mapping.stacks(config)
         by_stack = [tensor for tensors in stacks.values() for tensor in tensors]
         self.order = param_mapping.tensors(config) if self._weights.layers_apart else by_stack
-        self.dtypes = {tensor.name: self._weights.dtypes[tensor.weight.name] for tensor in by_stack}
+        self.dtypes = {tensor.name: self._weights.dtypes[tensor.spec.name] for tensor in by_stack}
         self._shapes = {tensor.name: tensor.shape for tensor in by_stack}
         self._where = str(path)
 
     def read(self, tensor: param_mapping.Tensor, index: param_mapping.Index = (...,)) -> np.ndarray:
         """See `stream.Reader`."""
-        array = self._weights.read(tensor.weight.name, tensor.layer)
+        array = self._weights.read(tensor.spec.name, tensor.layer)
         return pipeline.require_finite(self._where, tensor.name, array).reshape(self._shapes[tensor.name])[index]
 
 
@@ -79,7 +79,7 @@ class Writer:
 
     def write(self, tensor: param_mapping.Tensor, array: np.ndarray) -> None:
         """Takes the next tensor."""
-        self._writer.write(tensor.weight.name, tensor.layer, array.reshape(tensor.weight.shape(self._config)))
+        self._writer.write(tensor.spec.name, tensor.layer, array.reshape(tensor.spec.shape(self._config)))
 
     def close(self) -> None:
         """Finishes the checkpoint."""

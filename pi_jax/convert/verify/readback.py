@@ -82,12 +82,12 @@ def meta(folder: epath.Path, config: ModelConfig) -> Read:
 
     def read(tensor: param_mapping.Tensor) -> np.ndarray:
         parts = [file(path)[tensor.meta_name] for file, path in zip(opened, files, strict=True)]
-        split = tensor.weight.meta_split
-        if tensor.weight.name == "embedding" and parts[0].shape[1] == config.hidden_size:
+        split = tensor.spec.meta_split
+        if tensor.spec.name == "embedding" and parts[0].shape[1] == config.hidden_size:
             split = 0
         whole = parts[0].clone() if split is None or len(parts) == 1 else torch.cat(parts, dim=split)
-        if tensor.weight.name in heads:
-            count, (rows, columns) = heads[tensor.weight.name], whole.shape
+        if tensor.spec.name in heads:
+            count, (rows, columns) = heads[tensor.spec.name], whole.shape
             whole = whole.view(count, rows // count // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
         if whole.dtype == torch.bfloat16:
             array = whole.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -107,12 +107,12 @@ def run(folder: epath.Path, config: ModelConfig, dtypes: pipeline.Dtypes) -> Rea
     checkpoints = Checkpoints(folder, CheckpointConfig(), writer=False)
 
     def read(tensor: param_mapping.Tensor) -> np.ndarray:
-        name = tensor.weight.name
+        name = tensor.spec.name
         if name not in held:
             held.clear()
-            stacked = (len(tensors[name]),) if tensor.weight.stacked else ()
+            stacked = (len(tensors[name]),) if tensor.spec.stacked else ()
             place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            shape = jax.ShapeDtypeStruct(stacked + tensor.weight.shape(config), dtypes[tensor.name], sharding=place)
+            shape = jax.ShapeDtypeStruct(stacked + tensor.spec.shape(config), dtypes[tensor.name], sharding=place)
             stored = f"model.{name}"
             held[name] = np.asarray(checkpoints.load_unchecked(0, {stored: shape})[stored])
         # A copy, as a view would keep the array while the next one comes.
