@@ -194,7 +194,7 @@ CONFIG = {
     ),
     "layouts that disagree": (
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
-        "rope_parameters says",
+        "rope_parameters is",
     ),
     "thetas that disagree": (
         {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5.0}},
