@@ -104,7 +104,7 @@ def main(args: Benchmark) -> None:
     config = seven_b(args.layers)
     sizes = [2 * int(np.prod(t.shape)) for t in param_mapping.tensors(config)]
     stacked = max(
-        2 * int(np.prod(t.shape)) * (args.layers if t.weight.stacked else 1) for t in param_mapping.tensors(config)
+        2 * int(np.prod(t.shape)) * (args.layers if t.spec.stacked else 1) for t in param_mapping.tensors(config)
     )
     bounds = {"between HF and Meta": max(sizes) * 3 / GIB + 1, "to and from a checkpoint": stacked * 2 / GIB + 1}
     try:

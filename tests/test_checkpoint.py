@@ -91,7 +91,7 @@ def test_a_damaged_newest_is_left_out_and_said(saved, damage):
 def test_never_from_scratch_when_all_are_damaged(saved):
     for step in ("2", "3"):
         _largest(saved / step).write_bytes(b"")
-    with pytest.raises(InputError, match="no usable checkpoint.*not starting afresh"):
+    with pytest.raises(InputError, match="no usable checkpoint.*not starting from scratch"):
         _restore(saved)
 
 

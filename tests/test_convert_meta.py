@@ -259,7 +259,7 @@ def test_windows_and_scalings_that_params_do_not_say(generation, changes, window
     assert open_model(str(tmp_path / "meta"), window=32768).config.max_position_embeddings == 32768
     _convert(tmp_path / "meta", tmp_path / "hf", "hf", verify=window == 131072)
     printed = capsys.readouterr().out
-    assert f"taken as {config.original_window} by the rules" in printed and "no tokenizer" in printed
+    assert f"{config.original_window} is assumed by the rules" in printed and "no tokenizer" in printed
     assert open_model(str(tmp_path / "hf")).config == config
 
 
@@ -276,7 +276,7 @@ def test_llama3_keeps_its_vocabulary_and_split(tmp_path):
 def test_a_scaling_survives_though_params_cannot_say_it(tmp_path, capsys):
     meta_folder(tmp_path / "meta", tiny_model_config())
     _convert(tmp_path / "meta", tmp_path / "long", "meta", rope=RopeConfig("linear", 4.0))
-    assert "knows no 'linear' scaling" in capsys.readouterr().out
+    assert "does not support 'linear' scaling" in capsys.readouterr().out
     config = open_model(str(tmp_path / "long")).config
     assert config.rope == Linear(10000.0, 4.0) and config.max_position_embeddings == 16384
     _edit(tmp_path / "long" / "params.json", rope_theta=20000.0)
@@ -307,8 +307,8 @@ def test_feed_forward_widths_are_said_as_meta_did(dim, width, expected):
     ("shape", "options", "message"),
     [
         ({"head_dim": 32}, {}, "head_dim is 32.*64 / 4"),
-        ({}, {"files": 4}, "num_key_value_heads is 2, which does not divide over 4 files"),
-        ({"num_key_value_heads": 4, "vocab_size": 262}, {"files": 4}, "vocab_size is 262"),
+        ({}, {"files": 4}, "meta.files is 4: it must divide num_key_value_heads, 2"),
+        ({"num_key_value_heads": 4, "vocab_size": 262}, {"files": 4}, "vocab_size, 262"),
     ],
 )
 def test_what_metas_form_cannot_say_is_refused(shape, options, message, tmp_path, mesh):
@@ -340,11 +340,11 @@ def test_the_table_agrees_with_the_model():
     config = tiny_model_config()
     model = abstract(config, FLOAT32)
     axes, leaves = parameter_axes(model), by_name(model)
-    assert {weight.name for weight in param_mapping.TABLE} == set(axes)
-    for weight in param_mapping.TABLE:
-        lead = ("layers",) if weight.stacked else ()
-        assert axes[weight.name] == lead + weight.axes, weight.name
-        assert leaves[weight.name].shape[len(lead) :] == weight.shape(config), weight.name
+    assert {spec.name for spec in param_mapping.PARAM_SPECS} == set(axes)
+    for spec in param_mapping.PARAM_SPECS:
+        lead = ("layers",) if spec.stacked else ()
+        assert axes[spec.name] == lead + spec.axes, spec.name
+        assert leaves[spec.name].shape[len(lead) :] == spec.shape(config), spec.name
 
 
 def _edit(path: pathlib.Path, **changes):

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from pi_jax import tiny, trees
@@ -16,6 +17,7 @@ from pi_jax.checkpoint.fingerprint import fingerprint, fingerprint_of_part
 from pi_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
 from pi_jax.convert import __main__ as command
 from pi_jax.convert import param_mapping
+from pi_jax.convert.folders import write_json
 from pi_jax.convert.formats import hf, native
 from pi_jax.convert.open import open_model
 from pi_jax.errors import InputError
@@ -50,7 +52,7 @@ def _convert(source, target, form, **options):
 def _save_run(folder, model, context=None, mesh=None):
     """A run's folder with two checkpoints, as training leaves it: weights beside other state."""
     (folder / native.MODEL).mkdir(parents=True)
-    hf.write_json(hf.epath.Path(folder / native.MODEL / "config.json"), hf.config_dict(model.config, "float32"))
+    write_json(epath.Path(folder / native.MODEL / "config.json"), hf.config_dict(model.config, "float32"))
     with Checkpoints(folder / native.CHECKPOINTS, CheckpointConfig(every=1)) as checkpoints:
         checkpoints.save(1, {"model": model, "count": jax.numpy.int32(1)}, {}, last=True)
         double = jax.tree.map(lambda x: 2 * x, model)
@@ -95,7 +97,7 @@ def test_a_run_is_read_a_layer_at_a_time_on_any_mesh(shape, model, tmp_path):
     assert reader.step == 2 and reader._weights.layers_apart
     leaves = trees.by_name(model)
     for tensor in reader.order:
-        ours = leaves[tensor.weight.name] if tensor.layer is None else leaves[tensor.weight.name][tensor.layer]
+        ours = leaves[tensor.spec.name] if tensor.layer is None else leaves[tensor.spec.name][tensor.layer]
         np.testing.assert_array_equal(reader.read(tensor), 2 * np.asarray(ours).reshape(tensor.shape))
 
 
@@ -121,7 +123,7 @@ def test_checkpoints_with_all_layers_in_one_piece_are_read_too(model, tmp_path, 
         _save_run(tmp_path / "run", model)
     reader = native.Reader(tmp_path / "run", model.config)
     assert not reader._weights.layers_apart
-    names = [tensor.weight.name for tensor in reader.order]
+    names = [tensor.spec.name for tensor in reader.order]
     assert names == sorted(names, key=names.index)  # a parameter's layers one after the other
     target = _convert(tmp_path / "run", tmp_path / "out", "hf", step=1)
     with jax.set_mesh(mesh):
@@ -141,7 +143,7 @@ def test_the_fingerprint_of_parts_adds_up():
 
 
 def test_a_step_for_a_folder_that_has_none_is_refused(folder, tmp_path):
-    with pytest.raises(InputError, match="is no run, so it has no step 3"):
+    with pytest.raises(InputError, match="is not a run, so it has no step 3"):
         _convert(folder, tmp_path / "out", "hf", step=3)
 
 

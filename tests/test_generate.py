@@ -181,8 +181,8 @@ def test_a_prompt_is_read_in_chunks_without_its_logits(models, mesh):
     ("prompts", "settings", "message"),
     [
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 999]], {}, "prompt 0 has token 999, the model's vocab_size is 260"),
-        ([[1] * 60], {"max_new_tokens": 10}, "60 tokens, with 10 new ones that is more than max_length, 64"),
+        ([[1, 999]], {}, "prompt 0 has token 999: tokens must be 0 or more and less than vocab_size, 260"),
+        ([[1] * 60], {"max_new_tokens": 10}, "60 tokens: with 10 new tokens it exceeds max_length, 64"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
@@ -247,4 +247,4 @@ def test_bad_input_is_one_sentence_and_status_2(inputs, arguments, message, caps
 
 def test_beyond_the_window_both_numbers_are_named(inputs, capsys):
     generate_main(["--model", inputs["model"], "--prompt", "Ada", "--max-new-tokens", "70", "--dtype", "float32"])
-    assert "73 tokens is beyond the 64" in capsys.readouterr().err
+    assert "73 tokens exceeds the window of the model, 64 tokens" in capsys.readouterr().err

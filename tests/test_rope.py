@@ -349,7 +349,7 @@ def test_odd_head_size_is_refused(head_dim):
 
 
 def test_longrope_needs_a_factor_for_each_pair():
-    with pytest.raises(InputError, match="short_factor has 8 numbers: head_dim 64 needs 32"):
+    with pytest.raises(InputError, match="short_factor has 8 numbers: head_dim 64 requires 32"):
         rope.from_hf(_config("longrope", 16)).inverse_frequencies(64)
 
 

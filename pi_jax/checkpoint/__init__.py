@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, fingerprinted, and verified when they are read."""
+"""Checkpoints: written in the background, fingerprinted, and verified when they are read."""
 
 from pi_jax.checkpoint.layerwise import Weights, WeightsWriter
 from pi_jax.checkpoint.manager import Checkpoints

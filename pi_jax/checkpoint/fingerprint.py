@@ -1,3 +1,5 @@
+"""Checksums of the arrays in a checkpoint, which do not depend on the mesh."""
+
 from typing import Any
 
 import jax
@@ -7,13 +9,11 @@ import numpy as np
 from pi_jax import trees
 
 _PRIME = 0x01000193
-
-
-_ROWS = 1 << 17  # values whose checksum is taken at a time
+_ROWS = 1 << 17  # number of values that `fingerprint_of_part` processes at a time
 
 
 def _fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The position-weighted sum of an array's bits mod 2^32 (whatever the mesh) and whether all is finite."""
+    """Returns the position-weighted sum of an array's bits mod 2^32, and whether all its values are finite."""
     bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
@@ -24,10 +24,11 @@ def _fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def fingerprint_of_part(x: np.ndarray, first: int = 0) -> int:
-    """The checksum of a part of an array, which begins at `first` along the first axis; those of the parts add up.
+    """Returns the checksum of the part of an array that begins at `first` along the first axis.
 
-    The same as `fingerprint`, on the host and twenty times as fast: within a row the weights grow evenly, so that two
-    products of matrices, exact in float64, hold all that a row contributes.
+    The sum of the checksums of all parts, mod 2^32, equals the result of `fingerprint`. This version runs on the host
+    and is twenty times as fast: within a row the weights grow linearly, so two matrix products, exact in float64, give
+    the contribution of the row.
     """
     columns = x.shape[-1]
     starts = np.zeros(1, np.uint32)
@@ -52,10 +53,11 @@ def _fingerprints(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ja
 
 
 def fingerprint(state: Any) -> dict[str, int]:
-    """Name of each array -> checksum of its content, the same on every mesh.
+    """Maps the name of each array to the checksum of its content, which is the same on every mesh.
 
     Raises:
-      FloatingPointError: if an array holds values that are not finite; such a state must not push out a good one.
+      FloatingPointError: if an array contains values that are not finite, so that such a state never replaces a good
+        checkpoint.
     """
     found = jax.device_get(_fingerprints(trees.by_name(state)))
     bad = [name for name, (_, finite) in found.items() if not finite]

@@ -1,3 +1,5 @@
+"""Reads and writes the weights of a checkpoint one layer at a time."""
+
 import json
 import pathlib
 
@@ -11,10 +13,21 @@ from pi_jax.errors import InputError
 
 
 class Weights:
-    """The weights in one checkpoint, read a layer at a time; what was read is checked once an array is through."""
+    """The weights in one checkpoint, read one layer at a time.
+
+    The checksum of an array is verified once all its layers have been read.
+    """
 
     def __init__(self, folder: epath.Path, step: int, prefix: str, names: list[str], checksums: dict[str, int]):
-        """Opens the arrays and reads nothing yet."""
+        """Opens the arrays without reading them.
+
+        Args:
+          folder: folder of the checkpoints.
+          step: checkpoint to read.
+          prefix: prefix of the stored names.
+          names: names of the arrays, without the prefix.
+          checksums: stored name of each array -> its checksum.
+        """
         self.step = step
         self._where = f"{folder} at step {step}"
         self._arrays = {name: open_array(folder, step, prefix + name) for name in names}
@@ -25,7 +38,7 @@ class Weights:
 
     @property
     def layers_apart(self) -> bool:
-        """Whether each layer is a chunk of its own; else it takes the whole array to read one."""
+        """Whether each layer is stored as a separate chunk. If not, reading a layer reads the complete array."""
         return all(
             array.chunk_layout.read_chunk.shape[0] == 1
             for name, array in self._arrays.items()
@@ -33,15 +46,15 @@ class Weights:
         )
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """An array, or one layer of it.
+        """Reads an array, or one layer of it.
 
         Raises:
-          InputError: if it cannot be read; with the last layer, if the array is not what was saved.
+          InputError: if it cannot be read, or if this is the last layer and the checksum of the array is wrong.
         """
         try:
             if layer is not None and not self.layers_apart:
                 if self._held is None or self._held[0] != name:
-                    self._held = None  # before the next one comes
+                    self._held = None  # free the memory before reading the next array
                     self._held = (name, self._arrays[name].read().result())
                 part = self._held[1][layer : layer + 1]
             else:
@@ -52,31 +65,31 @@ class Weights:
         sums[layer or 0] = fingerprint_of_part(part, layer or 0)
         through = layer is None or len(sums) == self._arrays[name].shape[0]
         if through and sum(sums.values()) % 2**32 != self._wanted[name]:
-            raise InputError(f"{self._where}: {name} differs from what was saved: take another step")
+            raise InputError(f"{self._where}: {name} differs from what was saved: use the checkpoint of another step")
         return part if layer is None else part[0]
 
 
 class _Blank(np.ndarray):
-    """Zeros without memory; Orbax copies what it saves, and a copy would have some."""
+    """An array of zeros that uses no memory. Orbax copies the arrays it saves; here the copy is the array itself."""
 
     def __deepcopy__(self, memo):
         return self
 
 
 class WeightsWriter:
-    """A checkpoint at step 0 that holds weights alone, written a layer at a time.
+    """Writes a checkpoint at step 0 that contains only weights, one layer at a time.
 
-    Orbax lays it out, with zeros for arrays; then the layers are filled in, and last the fingerprints. Not compressed:
-    weights would shrink by a quarter, at a fraction of the speed.
+    Orbax creates the checkpoint with zeros; the layers are then filled in, and finally the fingerprints are added. The
+    weights are not compressed, which would save a quarter of the size at a fraction of the speed.
     """
 
     def __init__(self, folder: str | pathlib.Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], prefix: str):
-        """Lays out the checkpoint.
+        """Creates the checkpoint, filled with zeros.
 
         Args:
-          folder: of the checkpoints; must be new.
-          shapes: shape and dtype of each array, by name without the prefix.
-          prefix: of the stored names.
+          folder: folder of the checkpoints; it must not exist.
+          shapes: name of each array, without the prefix -> its shape and dtype.
+          prefix: prefix of the stored names.
         """
         self._folder, self._prefix = absolute(folder), prefix
         blank = {
@@ -86,22 +99,22 @@ class WeightsWriter:
         try:
             with ocp.training.Checkpointer(self._folder, context=storage_context()) as checkpointer:
                 checkpointer.save(0, blank, force=True)
-        except Exception as error:  # Orbax raises many kinds
+        except Exception as error:  # Orbax raises many types of exception
             raise OSError(reason(error)) from None
         self._arrays = {name: open_array(self._folder, 0, prefix + name, uncompressed=True) for name in shapes}
         self._sums = dict.fromkeys(shapes, 0)
 
     def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
-        """Fills in an array, or one layer of it."""
+        """Writes an array, or one layer of it."""
         part = array if layer is None else array[None]
         self._sums[name] += fingerprint_of_part(part, layer or 0)
         try:
             self._arrays[name][... if layer is None else slice(layer, layer + 1)].write(part).result()
-        except ValueError as error:  # TensorStore's only kind
+        except ValueError as error:  # the only type that TensorStore raises
             raise OSError(reason(error)) from None
 
     def close(self) -> None:
-        """Adds the fingerprints, without which nothing reads the checkpoint."""
+        """Adds the fingerprints, without which the checkpoint is not accepted."""
         path = self._folder / "0" / METADATA
         metadata = json.loads(path.read_text())
         fingerprints = {self._prefix + name: total % 2**32 for name, total in self._sums.items()}

@@ -1,12 +1,12 @@
-"""Orbax checkpoints that are whole, checked and never silently skipped; the only module that knows Orbax.
+"""Saves and restores Orbax checkpoints, and verifies them.
 
-A state is stored as a flat dict of arrays by name ("model.layers.attention.q"), readable by any zarr3 reader. Each
-checkpoint carries fingerprints of its arrays, because one flipped bit in array data loads without an error, and a
-leftover empty folder named after a step would pass for the latest. A restore takes the newest step that checks out,
-says why it left newer ones, and never falls back to starting afresh.
+A state is stored as a flat dict of named arrays ("model.layers.attention.q"), which any zarr3 reader can read. Each
+checkpoint contains fingerprints of its arrays, because Orbax loads array data with a flipped bit without an error and
+accepts an empty folder named after a step as the latest checkpoint. A restore uses the newest checkpoint that passes
+verification and reports why it skipped newer ones. It never falls back to starting from scratch.
 
-Layers are stacked in one array; on disk each layer is a chunk of its own, so that a model can be read and written a
-layer at a time (`Checkpoints.open_weights`, `WeightsWriter`), which is how weights are converted without holding them.
+Layers are stacked in one array. On disk each layer is a separate chunk, so a model can be read and written one layer at
+a time (`Checkpoints.open_weights`, `WeightsWriter`). Conversion relies on this to keep memory low.
 """
 
 import dataclasses
@@ -27,19 +27,27 @@ from pi_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What came back: `state` at `step`, the metadata saved with it, and why newer steps were left."""
+    """A restored state."""
 
     step: int
     state: Any
     metadata: dict[str, Any]
+    """Metadata that was saved with the state."""
     skipped: list[str]
+    """For each newer checkpoint that was skipped, its step and the reason."""
 
 
 class Checkpoints:
-    """The checkpoints of a run; a context manager, because what is in flight is lost without `close`."""
+    """The checkpoints of a run. A context manager, because pending writes are lost unless it is closed."""
 
     def __init__(self, folder: str | pathlib.Path, config: CheckpointConfig, writer: bool = True):
-        """Opens a folder; only the run itself is its `writer`, which clears away what a dead run left half-written."""
+        """Opens a folder of checkpoints.
+
+        Args:
+          folder: local folder or URL.
+          config: how often to save, and how many checkpoints to keep.
+          writer: whether this is the training run. If so, incomplete checkpoints of an interrupted run are deleted.
+        """
         policies = ocp.training.save_decision_policies
         self._folder = absolute(folder)
         self._checkpointer = ocp.training.Checkpointer(
@@ -57,14 +65,20 @@ class Checkpoints:
         self._checkpointer.close()
 
     def steps(self) -> list[int]:
-        """Steps there are, newest first."""
+        """Steps of all checkpoints, newest first."""
         return sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any], last: bool = False) -> None:
-        """Saves in the background if the interval says so; `last` saves in any case and waits for it.
+        """Saves in the background if a checkpoint is due at this step.
+
+        Args:
+          step: step of the state.
+          state: pytree of arrays.
+          metadata: JSON values to save with it.
+          last: save even if no checkpoint is due, and wait until it is written.
 
         Raises:
-          FloatingPointError: if the state is not finite.
+          FloatingPointError: if the state contains values that are not finite.
         """
         if not (last or self._checkpointer.should_save(step)) or step in self.steps():
             return
@@ -74,15 +88,15 @@ class Checkpoints:
             response.result()
 
     def restore(self, template: Any, prefix: str = "") -> Restored | None:
-        """The newest checkpoint that is whole, or None if there is none at all.
+        """Restores the newest usable checkpoint; returns None if there are no checkpoints.
 
         Args:
-          template: pytree of `jax.ShapeDtypeStruct` with shardings: what must be there and where it goes.
-          prefix: of the stored names, to restore a part of a state: "model." for the weights alone. A part may be
-            wanted in another dtype than it is stored in.
+          template: pytree of `jax.ShapeDtypeStruct` with shardings: the arrays to restore.
+          prefix: prefix of the stored names, to restore a part of a state, such as "model." for the weights. A part may
+            be restored in another dtype than it was saved in.
 
         Raises:
-          InputError: if there are checkpoints and none of them is usable.
+          InputError: if there are checkpoints but none of them is usable.
         """
         wanted = {prefix + name: leaf for name, leaf in trees.by_name(template).items()}
         skipped = []
@@ -95,19 +109,21 @@ class Checkpoints:
             state = jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
             return Restored(step, state, metadata, skipped)
         if skipped:
-            raise InputError(f"{self._folder} holds no usable checkpoint ({'; '.join(skipped)}): not starting afresh")
+            raise InputError(
+                f"{self._folder} contains no usable checkpoint ({'; '.join(skipped)}): not starting from scratch"
+            )
         return None
 
     def open_weights(self, shapes: dict[str, tuple[int, ...]], prefix: str, step: int | None = None) -> "Weights":
-        """The stored weights, to be read a layer at a time.
+        """Opens stored weights, to read them one layer at a time.
 
         Args:
-          shapes: what must be there, by name without the prefix.
-          prefix: of the stored names.
-          step: which checkpoint; None: the newest that can be opened.
+          shapes: name of each required array, without the prefix -> its shape.
+          prefix: prefix of the stored names.
+          step: checkpoint to open; None selects the newest that can be opened.
 
         Raises:
-          InputError: if there is none.
+          InputError: if there is no usable checkpoint.
         """
         skipped = []
         for number in self.steps() if step is None else [step]:
@@ -115,7 +131,7 @@ class Checkpoints:
                 metadata, found = self._stored(number)
                 missing = [name for name in shapes if prefix + name not in found]
                 if missing:
-                    raise InputError(f"holds another state (lacks {missing[:2]})")
+                    raise InputError(f"contains another state: it lacks {missing[:2]}")
                 for name, shape in shapes.items():
                     stored = found[prefix + name]
                     if tuple(stored.shape) != shape:
@@ -124,21 +140,21 @@ class Checkpoints:
                 return Weights(self._folder, number, prefix, list(shapes), checksums)
             except InputError as error:
                 skipped.append(f"step {number}: {error}")
-        raise InputError(f"{self._folder} holds no usable checkpoint ({'; '.join(skipped) or 'none at all'})")
+        raise InputError(f"{self._folder} contains no usable checkpoint ({'; '.join(skipped) or 'there are none'})")
 
     def load_unchecked(self, step: int, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-        """Arrays by their stored names, as Orbax reads them: for a caller who knows what must come."""
+        """Loads arrays by their stored names without verifying fingerprints; the caller must verify the result."""
         try:
             return self._checkpointer.load(step, wanted)
         except Exception as error:
             raise InputError(f"{self._folder} at step {step} cannot be loaded ({root_cause(error)})") from None
 
     def _stored(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What was saved with a checkpoint, and what is known of its arrays."""
+        """Returns the metadata saved with a checkpoint, and the metadata of its arrays by name."""
         try:
             stored = self._checkpointer.metadata(step)
             return dict(stored.custom_metadata or {}), dict(stored.metadata or {})
-        except Exception as error:  # Orbax raises many kinds, the true reason innermost
+        except Exception as error:  # Orbax raises many types of exception; the innermost one states the reason
             raise InputError(f"unreadable ({root_cause(error)})") from None
 
     def _load(self, step: int, wanted: dict[str, Any], partial: bool) -> tuple[dict[str, jax.Array], dict[str, Any]]:
@@ -146,9 +162,9 @@ class Checkpoints:
         missing = sorted(set(wanted) - set(found))
         if missing or (not partial and set(found) - set(wanted)):
             extra = sorted(set(found) - set(wanted))
-            raise InputError(f"holds another state (lacks {missing[:2]}, has besides {extra[:2]})")
+            raise InputError(f"contains another state: it lacks {missing[:2]} and also contains {extra[:2]}")
         as_stored = dict(wanted)
-        for name, leaf in wanted.items():  # Orbax would cast a dtype silently
+        for name, leaf in wanted.items():  # Orbax would cast to another dtype silently
             dtype = found[name].dtype
             if tuple(found[name].shape) != leaf.shape or (
                 dtype != leaf.dtype and not (partial and _floats(dtype, leaf))

@@ -1,3 +1,5 @@
+"""Layout of checkpoints on disk, and the causes of storage errors."""
+
 import os
 import pathlib
 import re
@@ -10,13 +12,14 @@ from orbax.checkpoint import v1 as ocp
 from pi_jax import trees
 from pi_jax.errors import InputError
 
-STATE = "state"  # Orbax's name for the folder of the arrays
-
-
+STATE = "state"
+"""Subfolder of a checkpoint in which Orbax stores the arrays."""
 METADATA = "_CHECKPOINT_METADATA"
+"""File of a checkpoint in which Orbax stores the metadata."""
 
 
 def storage_context() -> ocp.Context:
+    """Returns the Orbax options of all checkpoints: each layer is a separate chunk, and loading may be partial."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     layers_apart = ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
@@ -27,11 +30,12 @@ def storage_context() -> ocp.Context:
 
 
 def absolute(folder: str | pathlib.Path) -> epath.Path:
+    """Returns the absolute path of a local folder; a URL is returned unchanged."""
     return epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
 
 
 def reason(error: BaseException) -> str:
-    """What the operating system said, where a library hands it on in a longer text."""
+    """Returns the message of the operating system that caused an error, without the text that libraries add to it."""
     error = _innermost(error)
     found = re.search(r"([^:]+) \[os_error_code=", str(error))
     return found.group(1).strip() if found else root_cause(error)
@@ -44,12 +48,13 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def root_cause(error: BaseException) -> str:
+    """Returns the type and message of the innermost exception."""
     error = _innermost(error)
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def open_array(folder: epath.Path, step: int, name: str, uncompressed: bool = False) -> ts.TensorStore:
-    """An array as it is stored, or made anew, empty and uncompressed."""
+    """Opens a stored array. With `uncompressed`, replaces it by an empty array without compression."""
     base = f"{folder / str(step) / STATE}/"
     kvstore = {"driver": "ocdbt", "base": base if "://" in base else f"file://{base}", "path": f"{name}/"}
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore}

@@ -1,1 +1,1 @@
-"""Weights in and out: the only place that knows other people's names."""
+"""Reads and writes model weights in the formats of Hugging Face, Meta and pi_jax."""

@@ -1,4 +1,4 @@
-"""`python -m pi_jax.convert`: a model from one form into another."""
+"""`python -m pi_jax.convert`: converts a model from one format to another."""
 
 import dataclasses
 import math
@@ -22,42 +22,43 @@ from pi_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write a model in another form: Hugging Face's, which transformers, vLLM, SGLang and llama.cpp read; Meta's; or a
+    """Convert a model to Hugging Face's format (for transformers, vLLM, SGLang and llama.cpp), Meta's format, or a
     pi_jax checkpoint.
 
-    Weights pass one tensor at a time, whatever the model's size. The result is read back and compared before it gets
-    its name."""
+    Weights are converted one tensor at a time, whatever the size of the model. The target is read back and compared
+    before it gets its final name."""
 
     source: str
     """Hugging Face folder, Meta folder, or the folder of a pi_jax run."""
     target: str
-    """Folder to make."""
+    """Folder to create; it must not exist."""
     format: Literal["hf", "meta", "orbax"] = "hf"
     """Format of the target; 'orbax' is a pi_jax checkpoint."""
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
-    """Dtype of the written weights; 'same' keeps that of the source."""
+    """Dtype of the written weights; 'same' keeps the dtype of the source."""
     rope: RopeConfig = RopeConfig()
-    """Scaling to apply to a model that has none, to serve it extended without fine-tuning."""
+    """Scaling to apply to a model that has none, to serve it with a longer window without fine-tuning."""
     verify: bool = True
-    """Read the target back by other code and compare every tensor; and logits, where torch is installed."""
+    """Read the target back with independent code and compare every tensor; with torch installed, also compare
+    logits."""
     step: int | None = None
-    """Checkpoint of a run to read, by step; default: the newest."""
+    """Checkpoint to convert if the source is a run, by step; default: the newest."""
     tokenizer: str = ""
-    """Folder to take the tokenizer from; that of the source if not given. Meta's own files are not what Hugging Face's
-    readers want."""
+    """Folder with the tokenizer; default: the source. Set it if the source has no tokenizer that transformers can
+    load, such as Meta's own folders."""
     shard_gb: float = hf.SHARD_BYTES / 1e9
-    """Largest safetensors file, in GB."""
+    """Maximum size of a safetensors file, in GB."""
     meta: MetaOptions = MetaOptions()
-    """What a Meta folder does not say of itself, or can be written as."""
+    """Options for a source or target in Meta's format."""
 
 
 def convert(args: Convert, quiet: bool = False) -> None:
     """Runs the command."""
-    require_absent(args.target)  # before the minutes that the rest may take
+    require_absent(args.target)  # fail early: the conversion may take minutes
     if args.format == "meta" and is_remote(args.target):
-        raise InputError(f"{args.target}: .pth files are written to a local folder only: choose one")
+        raise InputError(f"--target is {args.target}: .pth files can be written to a local folder only")
     if args.tokenizer and not has_tokenizer(args.tokenizer):
-        raise InputError(f"--tokenizer {args.tokenizer} holds neither tokenizer.json nor tokenizer_config.json")
+        raise InputError(f"--tokenizer {args.tokenizer} contains neither tokenizer.json nor tokenizer_config.json")
     if args.shard_gb <= 0:
         raise InputError(f"--shard-gb is {args.shard_gb}: it must be positive")
     source = open_model(args.source, args.rope, args.meta.window)
@@ -86,7 +87,7 @@ def convert(args: Convert, quiet: bool = False) -> None:
 
 
 def _compare_logits(args: Convert, source: Source, reader: pipeline.Reader, folder: epath.Path) -> str:
-    """pi_jax on the one side, transformers on the Hugging Face side, whichever that is."""
+    """Compares pi_jax's logits with those of transformers if the source or the target is a Hugging Face folder."""
     if args.format == "hf":
         told = logits.compare(reader, source.config, folder)
     elif source.kind == "hf" and open_model(args.source).config == source.config:
@@ -102,20 +103,20 @@ def _notes(args: Convert, source: Source) -> Iterator[str]:
     folder = epath.Path(args.target) / (native.MODEL if args.format == "orbax" else "")
     if source.kind == "meta" and not args.meta.window and not (epath.Path(args.source) / meta.SIDECAR).is_file():
         yield (
-            f"params.json does not say the window: taken as {config.original_window} by the rules in docs/convert.md "
-            "(--meta.window)"
+            f"params.json does not state the window: {config.original_window} is assumed by the rules in "
+            "docs/convert.md; override it with --meta.window"
         )
     if args.format == "meta" and config.rope.kind not in ("default", "llama3"):
         yield (
-            f"Meta's own code knows no {config.rope.kind!r} scaling and reads this model as unscaled; pi_jax reads the "
-            f"scaling from {meta.SIDECAR}"
+            f"Meta's own code does not support {config.rope.kind!r} scaling and reads this model as unscaled; pi_jax "
+            f"reads the scaling from {meta.SIDECAR}"
         )
     if args.format != "meta" and not has_tokenizer(folder):
-        yield f"{args.source} has no tokenizer that transformers reads: give its folder by --tokenizer"
+        yield f"{args.source} has no tokenizer that transformers can load: pass its folder with --tokenizer"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
     cli.run(lambda: convert(tyro.cli(Convert, prog="python -m pi_jax.convert", args=argv)))
 
 

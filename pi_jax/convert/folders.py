@@ -1,7 +1,7 @@
-"""Folders of models, here or on remote storage: whole or not there, and the files beside the weights.
+"""Model folders on local or remote storage: atomic creation, JSON files and tokenizer files.
 
-Paths are `etils.epath.Path`: beside local folders these are `gs://`, `s3://` and `az://` addresses, if the client of
-that storage is installed (`pip install gcsfs`, `s3fs`, `adlfs`).
+Paths are `etils.epath.Path`: local folders, or `gs://`, `s3://` and `az://` URLs if the client of that storage is
+installed (`pip install gcsfs`, `s3fs`, `adlfs`).
 """
 
 import contextlib
@@ -18,18 +18,19 @@ from pi_jax.data.tokenizer import TOKENIZER_FILES
 from pi_jax.errors import InputError
 
 GENERATION_FILE = "generation_config.json"
+"""File with the generation settings of a Hugging Face folder."""
 
 
 def is_remote(path: Any) -> bool:
-    """Whether a path is an address on remote storage."""
+    """Whether a path is a URL on remote storage."""
     return "://" in str(path)
 
 
 def read_json(path: Any) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-      InputError: if the file is missing or holds something else.
+      InputError: if the file is missing or does not contain a JSON object.
     """
     try:
         value = json.loads(epath.Path(path).read_text(encoding="utf-8"))
@@ -38,17 +39,17 @@ def read_json(path: Any) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}: it must be a JSON object")
+        raise InputError(f"{path} contains a {type(value).__name__}: it must contain a JSON object")
     return value
 
 
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object as people read it."""
+    """Writes a JSON object with indentation."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def require_absent(target: str) -> epath.Path:
-    """The path of a folder that is to be made, which must not exist yet."""
+    """Returns the path of a folder to create after checking that it does not exist."""
     path = epath.Path(target)
     if path.exists():
         raise InputError(f"{target} already exists: remove it or choose another name")
@@ -57,19 +58,25 @@ def require_absent(target: str) -> epath.Path:
 
 @contextlib.contextmanager
 def new_folder(target: str) -> Iterator[epath.Path]:
-    """A temporary folder beside `target` that becomes it if the body succeeds and vanishes if not."""
+    """Yields a temporary folder next to `target`. It is renamed to `target` on success and removed on failure.
+
+    Raises:
+      InputError: if `target` exists or cannot be written.
+    """
     path = require_absent(target)
     temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}"
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"{target} cannot be made: {error.strerror or error}") from None
+        raise InputError(f"{target} cannot be created: {error.strerror or error}") from None
     try:
         yield temporary
         temporary.rename(path)
     except OSError as error:
         if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
-            raise InputError(f"{target} was made by something else meanwhile: nothing was written over it") from None
+            raise InputError(
+                f"{target} was created by another process in the meantime: it was not overwritten"
+            ) from None
         raise InputError(f"{target} cannot be written: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -78,7 +85,7 @@ def new_folder(target: str) -> Iterator[epath.Path]:
 
 
 def copy_files(source: Any, target: Any, window: int | None = None) -> None:
-    """Copies tokenizer and generation settings byte for byte, but for `model_max_length`, which becomes `window`."""
+    """Copies tokenizer files and generation settings unchanged, except that `model_max_length` becomes `window`."""
     for name in (*TOKENIZER_FILES, GENERATION_FILE):
         file, copy = epath.Path(source) / name, epath.Path(target) / name
         if not file.is_file():
@@ -91,5 +98,5 @@ def copy_files(source: Any, target: Any, window: int | None = None) -> None:
 
 
 def has_tokenizer(folder: Any) -> bool:
-    """Whether a folder holds a tokenizer that transformers loads."""
+    """Whether a folder contains a tokenizer that transformers can load."""
     return any((epath.Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))

@@ -1,4 +1,4 @@
-"""The model card: what was done to the model, what came out, and how to serve it at its new length."""
+"""Writes the model card: how the model was trained, its perplexity, and how to serve it at its extended window."""
 
 import dataclasses
 import pathlib
@@ -11,24 +11,27 @@ from pi_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a config does not say of a model; empty where it is not known."""
+    """Facts about a model that its config does not contain. A field keeps its default if the fact is unknown."""
 
     base: str = ""
+    """Name of the base model."""
     steps: int = 0
+    """Fine-tuning steps."""
     window: int = 0
-    """Trained rows, in tokens."""
+    """Sequence length in training, in tokens; with PoSE, the window that the positions cover."""
     batch: int = 0
-    """Rows a step."""
+    """Sequences per step."""
     pose: bool = False
-    """Whether the positions of short rows were spread over the window."""
+    """Whether the positions of shorter sequences were spread over the window (PoSE)."""
     learning_rate: float = 0.0
     data: tuple[str, ...] = ()
+    """Names of the training data sets."""
     perplexity: tuple[dict[str, Any], ...] = ()
-    """Rows as `evaluate perplexity` gives them."""
+    """Results of `evaluate perplexity`, one per window."""
 
 
 def facts_of_run(folder: Any, step: int) -> Facts:
-    """From what a run left: config.json and, where it is finished, result.json."""
+    """Reads the facts from a run's config.json and, if the run is finished, its result.json."""
     try:
         config = read_json(pathlib.Path(folder) / "config.json")["config"]
     except (InputError, KeyError):
@@ -48,7 +51,7 @@ def facts_of_run(folder: Any, step: int) -> Facts:
 
 
 def text(config: ModelConfig, dtype: str, facts: Facts) -> str:
-    """The README.md of an exported folder."""
+    """Returns the text of the model card, the README.md of an exported folder."""
     window, original = config.max_position_embeddings, config.original_window
     rows = [
         ("base model", facts.base),
@@ -74,7 +77,7 @@ def text(config: ModelConfig, dtype: str, facts: Facts) -> str:
         lines += [
             "## Measured",
             "",
-            "Perplexity on held-out text, a token predicted from at least window - stride tokens:",
+            "Perplexity on held-out text. Each token is predicted from at least window - stride preceding tokens:",
             "",
         ]
         lines += ["| window | stride | tokens | perplexity |", "| ---: | ---: | ---: | ---: |"]
@@ -98,8 +101,8 @@ def _method(config: ModelConfig) -> str:
 def _tuning(facts: Facts) -> str:
     if not facts.steps:
         return ""
-    tokens = f"{facts.steps:,} steps of {facts.batch} rows, learning rate {facts.learning_rate:g}"
-    reach = f"{'positions spread over (PoSE)' if facts.pose else 'rows of'} {facts.window:,} tokens"
+    tokens = f"{facts.steps:,} steps of {facts.batch} sequences, learning rate {facts.learning_rate:g}"
+    reach = f"{'positions spread over (PoSE)' if facts.pose else 'sequences of'} {facts.window:,} tokens"
     return f"{tokens}; {reach}"
 
 
@@ -108,8 +111,8 @@ def _serving(config: ModelConfig) -> list[str]:
     return [
         "## Serving at the full window",
         "",
-        "Run these beside this folder, with its name for `MODEL`. `config.json` holds the scaling; the flags state the "
-        "length, which the servers would otherwise guess.",
+        "Replace `MODEL` with the path of this folder. `config.json` contains the RoPE scaling; the flags state the "
+        "window, which the servers would otherwise guess.",
         "",
         "    # transformers 4 or 5",
         '    model = transformers.AutoModelForCausalLM.from_pretrained("MODEL")',
@@ -118,6 +121,6 @@ def _serving(config: ModelConfig) -> list[str]:
         "",
         f"    python -m sglang.launch_server --model-path MODEL --context-length {window}",
         "",
-        "    python convert_hf_to_gguf.py MODEL --outfile MODEL.gguf      # of llama.cpp",
+        "    python convert_hf_to_gguf.py MODEL --outfile MODEL.gguf      # from llama.cpp",
         f"    llama-server --model MODEL.gguf --ctx-size {window}",
     ]

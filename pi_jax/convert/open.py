@@ -1,8 +1,7 @@
-"""A model from wherever it lies: a Hugging Face folder, a Meta folder or the folder of a pi_jax run, recognised by what
-is in it.
+"""Opens a model in any supported format: a Hugging Face folder, a Meta folder or the folder of a pi_jax run.
 
-A run's folder holds `checkpoints/` (weights, by Orbax) and `model/` (config.json in Hugging Face form, tokenizer
-files): all that an export needs, should the base model be gone.
+The format is detected from the files in the folder. The folder of a run contains `checkpoints/` (weights, in Orbax
+format) and `model/` (config.json in Hugging Face's format, tokenizer files), so an export does not need the base model.
 """
 
 import dataclasses
@@ -25,39 +24,40 @@ from pi_jax.parallel import placement
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model is and what it is; `load` reads its weights."""
+    """A model in a folder: its location, format and architecture. `load` reads the weights."""
 
     path: str
     kind: Literal["hf", "meta", "run"]
+    """Format of the folder."""
     config: ModelConfig
 
     @property
     def files(self) -> str:
-        """Folder with the tokenizer's files and generation settings."""
+        """Folder with the tokenizer files and generation settings."""
         folder = epath.Path(self.path)
         if self.kind == "run":
             return str(folder / RUN_MODEL)
         beside = not (folder / "tokenizer.model").is_file() and (folder.parent / "tokenizer.model").is_file()
-        if self.kind == "meta" and beside:  # as LLaMA 1 and 2 came
+        if self.kind == "meta" and beside:  # the layout in which Meta released LLaMA 1 and 2
             return str(folder.parent)
         return self.path
 
     @property
     def tokenizer(self) -> str:
-        """`files` if transformers finds a tokenizer there, else ""; Meta's own folders have none that it reads."""
+        """`files` if it contains a tokenizer that transformers can load, else "" (as in Meta's own folders)."""
         return self.files if self.kind != "meta" or has_tokenizer(self.files) else ""
 
     def reader(self, step: int | None = None) -> pipeline.Reader:
-        """The weights, to be read one after the other.
+        """Returns a reader of the weights.
 
         Args:
-          step: of a run, which checkpoint; None: the newest.
+          step: checkpoint to read if this is a run; None selects the newest.
 
         Raises:
-          InputError: if files are missing, broken, or not what `config` asks for.
+          InputError: if files are missing or damaged, or do not match `config`.
         """
         if step is not None and self.kind != "run":
-            raise InputError(f"{self.path} is no run, so it has no step {step}: leave --step out")
+            raise InputError(f"{self.path} is not a run, so it has no step {step}: omit --step")
         if self.kind == "hf":
             return hf.Reader(self.path, self.config)
         if self.kind == "meta":
@@ -65,10 +65,10 @@ class Source:
         return native.Reader(self.path, self.config, step)
 
     def load(self, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> Llama:
-        """The model with its weights split over the mesh.
+        """Loads the model with its weights sharded over the mesh.
 
         Raises:
-          InputError: if files are missing, broken, or not what `config` asks for.
+          InputError: if files are missing or damaged, or do not match `config`.
         """
         if self.kind != "run":
             return sharded_load.load(self.reader(), self.config, compute, mesh)
@@ -83,23 +83,23 @@ class Source:
         if restored is None:
             raise InputError(f"{self.path} has no checkpoint yet")
         for reason in restored.skipped:
-            print(f"{self.path}: left out {reason}")
+            print(f"{self.path}: skipped {reason}")
         return restored.state
 
     def facts(self, step: int) -> model_card.Facts:
-        """What is known of its training, for a model card."""
+        """Returns the facts for the model card: how the model was trained, if it is a run."""
         if self.kind == "run":
             return model_card.facts_of_run(self.path, step)
         return model_card.Facts(base=epath.Path(self.path).name)
 
 
 def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0) -> Source:
-    """Recognises a model's folder.
+    """Detects the format of a model folder and reads its config.
 
     Args:
       path: Hugging Face folder, Meta folder or run folder.
       rope: scaling to apply to a model that has none.
-      window: of a Meta folder, which does not say it: tokens that it was trained for; 0: by the rules of `meta`.
+      window: trained window of a Meta folder, in tokens; 0 applies the rules in `pi_jax.convert.formats.meta`.
 
     Raises:
       InputError: if the folder is none of these, or its model is not supported.
@@ -114,6 +114,6 @@ def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0) -> S
     if meta.is_folder(folder):
         return Source(path, "meta", extend(meta.Folder(path).config(window), rope))
     raise InputError(
-        f"{path} is no model: it has neither config.json (Hugging Face) nor params.json (Meta) nor {RUN_MODEL}/ (a "
-        "pi_jax run)"
+        f"{path} is not a model folder: it must contain config.json (Hugging Face), params.json (Meta) or "
+        f"{RUN_MODEL}/ (pi_jax run)"
     )

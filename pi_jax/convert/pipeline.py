@@ -1,7 +1,7 @@
-"""How a model goes from one place to another: a tensor at a time, so that no machine has to hold it.
+"""Copies and verifies a model one tensor at a time, so that the complete model is never in memory.
 
-A `Reader` gives named tensors when they are asked for; a `Writer` takes one after the other. What passes is one layer
-of one parameter (`weights.Tensor`), so the memory needed is that of a few such tensors, whatever the model's size.
+A `Reader` returns tensors on request; a `Writer` consumes them in order. Each tensor is one layer of one parameter
+(`param_mapping.Tensor`), so peak memory is that of a few such tensors, whatever the size of the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,64 +16,65 @@ from pi_jax.convert.param_mapping import Index, Tensor
 from pi_jax.errors import InputError
 
 Dtypes = dict[str, np.dtype]
-"""Dtype of each tensor, by Hugging Face's name."""
+"""Hugging Face name of each tensor -> its dtype."""
 Digests = dict[str, str]
-"""XXH3 of the bytes of each tensor in Hugging Face's order, by its name there."""
+"""Hugging Face name of each tensor -> XXH3 hash of its bytes in Hugging Face's layout."""
 
 _FLOATS = ("float32", "float16", "bfloat16")
-_EXPONENT = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}  # all ones: infinite or not a number
-_PIECE = 1 << 20
+_EXPONENT = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}  # all bits set: infinity or NaN
+_PIECE = 1 << 20  # values that `require_finite` checks at a time
 
 
 class Reader(Protocol):
-    """A model's weights somewhere, read lazily. Opening it has checked that all are there, with the right shapes."""
+    """The weights of a model, read lazily. The constructor checks that all tensors exist and have the right shapes."""
 
     order: list[Tensor]
-    """All tensors, in the order in which they are read fastest."""
+    """All tensors, in the order in which reading them is fastest."""
     dtypes: Dtypes
+    """Dtype of each tensor that `read` returns."""
 
     def read(self, tensor: Tensor, index: Index = ...) -> np.ndarray:
-        """A tensor, or the part of it within `index`.
+        """Returns a tensor, or the part of it selected by `index`.
 
         Raises:
-          InputError: if it cannot be read or holds values that are not finite.
+          InputError: if the tensor cannot be read or contains values that are not finite.
         """
 
 
 class Writer(Protocol):
-    """Where a model goes."""
+    """The destination of a conversion."""
 
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Takes the next tensor, in the order that the writer was made for."""
+        """Writes the next tensor. Tensors must come in the order that was passed to the constructor."""
 
     def close(self) -> None:
-        """Finishes what was written."""
+        """Completes and closes all files."""
 
     def discard(self) -> None:
-        """Gives up after an error: closes files, whose folder is then removed."""
+        """Closes all files after an error without completing them. The caller removes the folder."""
 
 
 def require_float(where: str, name: str, dtype: str) -> None:
-    """Checks the dtype of a tensor in a file."""
+    """Checks that a tensor in a file has a supported floating-point dtype."""
     if dtype not in _FLOATS:
-        raise InputError(f"{where}: {name} is {dtype}: weights must be one of {', '.join(_FLOATS)}")
+        raise InputError(f"{where}: {name} has dtype {dtype}: weights must be one of {', '.join(_FLOATS)}")
 
 
 def require_finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
-    """The array, if all its values are finite. In pieces, by their bits: no copy of it is made."""
+    """Returns the array after checking that all its values are finite. Checks the bits piecewise, without a copy."""
     exponent = _EXPONENT[array.dtype.name]
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
     for start in range(0, bits.size, _PIECE):
         if ((bits[start : start + _PIECE] & exponent) == exponent).any():
-            raise InputError(f"{where}: {name} holds values that are not finite")
+            raise InputError(f"{where}: {name} contains values that are not finite")
     return array
 
 
 class Cast:
-    """A reader whose tensors come in another dtype."""
+    """A reader that casts the tensors of another reader."""
 
     def __init__(self, reader: Reader, dtype: str):
-        """`dtype`: one for all, or "same" as the reader's own."""
+        """Casts all tensors to `dtype`; "same" keeps the dtypes of `reader`."""
         self._reader = reader
         self.order = reader.order
         self.dtypes = reader.dtypes if dtype == "same" else dict.fromkeys(reader.dtypes, np.dtype(dtype))
@@ -82,7 +83,7 @@ class Cast:
         """See `Reader`.
 
         Raises:
-          InputError: besides, if a value is too large for float16.
+          InputError: also if a value is too large for float16.
         """
         array, dtype = self._reader.read(tensor, index), self.dtypes[tensor.name]
         if array.dtype == dtype:
@@ -90,23 +91,23 @@ class Cast:
         with np.errstate(over="ignore"):
             cast = array.astype(dtype)
         if dtype.name == "float16" and not np.isfinite(cast).all():
-            raise InputError(f"{tensor.name} holds values too large for float16: choose --dtype bfloat16 or float32")
+            raise InputError(f"{tensor.name} contains values too large for float16: use --dtype bfloat16 or float32")
         return cast
 
 
 def main_dtype(dtypes: Dtypes) -> str:
-    """The one dtype that a config names: that of the largest tables and most of the weights."""
+    """Returns the most frequent dtype, which is the one that `config.json` states."""
     names = [dtype.name for dtype in dtypes.values()]
     return max(set(names), key=names.count)
 
 
 def digest(array: np.ndarray) -> str:
-    """XXH3, 128 bits, of an array's bytes: against mistakes, not against attacks, and faster than memory is read."""
+    """Returns the 128-bit XXH3 hash of an array's bytes. It detects errors, not attacks, and costs little."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def with_progress(tensors: Iterable[Tensor], dtypes: Dtypes, what: str, quiet: bool) -> Iterable[Tensor]:
-    """The tensors one after the other, with a bar of the bytes done and their rate."""
+    """Yields the tensors and shows a progress bar in bytes."""
     sizes = {t.name: int(np.prod(t.shape)) * dtypes[t.name].itemsize for t in tensors}
     with tqdm(
         total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=quiet or None, mininterval=0.5
@@ -117,7 +118,11 @@ def with_progress(tensors: Iterable[Tensor], dtypes: Dtypes, what: str, quiet: b
 
 
 def copy(reader: Reader, writer: Writer, verify: bool, quiet: bool = False) -> Digests:
-    """Moves every tensor; returns the digests of what was handed to the writer, if it is to be verified."""
+    """Copies every tensor from a reader to a writer.
+
+    Returns:
+      The digests of the tensors passed to the writer if `verify` is true, else an empty dict.
+    """
     digests = {}
     try:
         for tensor, array, found in _with_digests(reader.order, reader.dtypes, reader.read, verify, "writing", quiet):
@@ -139,7 +144,7 @@ def _with_digests(
     what: str,
     quiet: bool,
 ) -> Iterator[tuple[Tensor, np.ndarray, Future[str] | None]]:
-    """Tensors, their values and, if wanted, their digests to come; the next value is read while one is in use."""
+    """Yields each tensor, its value and, if `wanted`, a future of its digest. Reads one tensor ahead."""
     with ThreadPoolExecutor(2) as pool:
         coming = pool.submit(read, order[0])
         for tensor, following in zip(with_progress(order, dtypes, what, quiet), [*order[1:], None], strict=True):
@@ -158,12 +163,20 @@ def verify(
     read: Callable[[Tensor], np.ndarray],
     quiet: bool,
 ) -> None:
-    """Compares every tensor that an independent reader finds in `target` with what was handed to the writer.
+    """Reads every tensor back from `target` and compares its digest with that of the tensor passed to the writer.
+
+    Args:
+      target: folder that was written; named in the error message.
+      digests: result of `copy`.
+      order: tensors in the order in which to read them.
+      dtypes: expected dtype of each tensor.
+      read: function from a tensor to its value, independent of the writer.
+      quiet: whether to hide the progress bar.
 
     Raises:
-      InputError: naming the first tensor that differs.
+      InputError: if a tensor differs; the message names the first one.
     """
     for tensor, array, found in _with_digests(order, dtypes, read, True, "reading back", quiet):
         same = array.dtype == dtypes[tensor.name] and array.shape == tensor.shape
         if not same or found.result() != digests[tensor.name]:
-            raise InputError(f"{target}: {tensor.name} read back differs from what was written")
+            raise InputError(f"{target}: {tensor.name} differs from the source when it is read back")

@@ -1,4 +1,4 @@
-"""From readers into sharded arrays, and from arrays in memory to writers."""
+"""Loads weights from a reader into sharded arrays, and reads them from a model in memory."""
 
 import jax
 import numpy as np
@@ -11,16 +11,17 @@ from pi_jax.parallel import sharding
 
 
 def load(reader: pipeline.Reader, config: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> Llama:
-    """A model with its parameters split over the mesh as they are read.
+    """Loads a model and shards its parameters over the mesh while they are read.
 
-    Each process reads only what its own devices hold, each tensor once, and never holds more than these parts and one
-    tensor.
+    Each process reads only the parts for its own devices, each tensor once, and holds at most these parts and one
+    tensor in memory.
 
     Args:
-      reader: the weights; those of `config`, or larger ones whose first rows, columns and layers are taken.
+      reader: the weights of a model of `config`, or of a larger model, of which the first rows, columns and layers are
+        used.
       config: architecture.
-      compute: `param_dtype` is the dtype that the parameters get.
-      mesh: where they go.
+      compute: `param_dtype` is the dtype of the loaded parameters.
+      mesh: devices over which to shard them.
     """
     template = abstract(config, compute)
     axes = parameter_axes(template)
@@ -29,18 +30,18 @@ def load(reader: pipeline.Reader, config: ModelConfig, compute: ComputeConfig, m
     def parameter(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         place = sharding.named(mesh, axes[name])
         tensors = stacks[name]
-        weight = tensors[0].weight
-        shape = (len(tensors), *weight.shape(config))  # what has no layers is treated as having one
-        one = () if weight.stacked else (slice(None),)
+        spec = tensors[0].spec
+        shape = (len(tensors), *spec.shape(config))  # a parameter outside the layers counts as one layer
+        one = () if spec.stacked else (slice(None),)
         parts = {
             device: _bounds((*one, *index), shape)
             for device, index in place.addressable_devices_indices_map(leaf.shape).items()
         }
         buffers = {
             part: np.empty([b - a for a, b in part], leaf.dtype) for part in parts.values()
-        }  # replicas share one
+        }  # replicas share a buffer
         layers, *box = ((min(p[i][0] for p in buffers), max(p[i][1] for p in buffers)) for i in range(len(shape)))
-        needed = weight.hf_index(tuple(slice(*bounds) for bounds in box), config)
+        needed = spec.hf_index(tuple(slice(*bounds) for bounds in box), config)
         for layer in range(*layers):
             whole = reader.read(tensors[layer], needed).reshape([b - a for a, b in box])
             for ((first, last), *bounds), buffer in buffers.items():
@@ -55,23 +56,23 @@ def load(reader: pipeline.Reader, config: ModelConfig, compute: ComputeConfig, m
 
 
 def _bounds(index: param_mapping.Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """First and last + 1 along each dimension."""
+    """Start and stop along each dimension."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 class Reader:
-    """The weights of a model in memory, brought to the host a layer at a time; all must be reachable from here."""
+    """Reads the weights of a model in memory, one layer at a time. All must be addressable from this process."""
 
     def __init__(self, model: Llama):
-        """Copies nothing."""
+        """Copies nothing to the host yet."""
         self._leaves = trees.by_name(model)
         self.order = param_mapping.tensors(model.config)
         self._shapes = {tensor.name: tensor.shape for tensor in self.order}
-        self.dtypes = {tensor.name: np.dtype(self._leaves[tensor.weight.name].dtype) for tensor in self.order}
+        self.dtypes = {tensor.name: np.dtype(self._leaves[tensor.spec.name].dtype) for tensor in self.order}
 
     def read(self, tensor: param_mapping.Tensor, index: param_mapping.Index = (...,)) -> np.ndarray:
-        """See `stream.Reader`."""
-        leaf = self._leaves[tensor.weight.name]
+        """See `pipeline.Reader`."""
+        leaf = self._leaves[tensor.spec.name]
         array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
         return pipeline.require_finite(
             "the model", tensor.name, np.ascontiguousarray(array.reshape(self._shapes[tensor.name]))

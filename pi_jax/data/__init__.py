@@ -1,8 +1,9 @@
-"""Text to rows: documents are read, tokenized once into a store, packed into rows and fed to training.
+"""Data: text is read, tokenized once into a token store, packed into sequences and fed to training.
 
-documents.py  text files to documents
-prepare.py    documents to a token store (`python -m pi_jax.prepare`)
+documents.py  reads documents from text files
+tokenizer.py  loads tokenizers and encodes text
+prepare.py    writes documents to a token store (`python -m pi_jax.prepare`)
 store.py      the token store: all documents as one array of tokens
-packing.py    a span of tokens to one row: inputs, targets, positions, segments, weights
-pipeline.py   the batch of any step, and an iterator that prefetches them
+packing.py    makes a sequence from a span of tokens: inputs, targets, positions, segments, weights
+pipeline.py   the batch of any step, and an iterator that prefetches batches
 """

@@ -1,7 +1,7 @@
-"""Documents from text files, one at a time: no .jsonl or .parquet file is ever held whole.
+"""Reads documents from text files, one at a time. A .jsonl or .parquet file is never loaded completely.
 
-A .txt file is one document, exactly as it stands in the file. A .jsonl file (plain, .gz or .zst) holds one
-document a line and a .parquet file one a row, each in a text field.
+A .txt file is one document, unchanged. A .jsonl file (plain, .gz or .zst) contains one document per line and a .parquet
+file one per row, each in a text field.
 """
 
 import dataclasses
@@ -19,30 +19,32 @@ import pyarrow.parquet as pq
 from pi_jax.errors import InputError
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+"""Extensions of supported files."""
 
 _PARQUET_ROWS = 64
-"""Rows decoded at a time; a row of long text is megabytes."""
+"""Parquet rows decoded at a time. A row with a long text takes megabytes."""
 _PARQUET_BUFFER = 2**20
+"""Read buffer in bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """A document and where it was read."""
 
     name: str
-    """The file, and the line or row where there is one: 'book.txt', 'corpus.jsonl:17' (from 1)."""
+    """File, with the line or row if it has several documents, counted from 1: 'book.txt', 'corpus.jsonl:17'."""
     text: str
     file_bytes: int
-    """Bytes of the file that were read for this document: they add up to about the file's size."""
+    """Bytes of the file that were read for this document. Over all documents they add up to about the file size."""
     prompt: str = ""
-    """What stands before the text and is given, not predicted; from the prompt field, where one is asked for."""
+    """Text that precedes the document and is not predicted, from the prompt field; empty if no field was given."""
 
 
 def find_files(paths: Sequence[str]) -> list[str]:
-    """The files behind files, folders (searched recursively, sorted) and globs.
+    """Expands files, folders (searched recursively, in sorted order) and globs to a list of files.
 
     Raises:
-      InputError: for a path that is not there, an ending not in `ENDINGS`, or a folder without any such file.
+      InputError: if a path does not exist, a file has another extension than `ENDINGS`, or a folder has no such file.
     """
     files = []
     for path in paths:
@@ -52,13 +54,13 @@ def find_files(paths: Sequence[str]) -> list[str]:
             raise InputError(f"{path}: {kind}")
         for match in matches:
             files += _files_in(match) if os.path.isdir(match) else [_supported(match)]
-    return list(dict.fromkeys(files))  # a file named twice, by itself and by its folder, is read once
+    return list(dict.fromkeys(files))  # a file that is given twice, such as by itself and by its folder, is read once
 
 
 def _files_in(folder: str) -> list[str]:
     found = sorted(str(f) for f in pathlib.Path(folder).rglob("*") if _ending(str(f)) and f.is_file())
     if not found:
-        raise InputError(f"{folder}: this folder holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file")
+        raise InputError(f"{folder}: this folder contains no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file")
     return found
 
 
@@ -68,24 +70,21 @@ def _ending(file: str) -> str | None:
 
 def _supported(file: str) -> str:
     if not _ending(file):
-        raise InputError(f"{file}: the ending must be one of {', '.join(ENDINGS)}")
+        raise InputError(f"{file}: the extension must be one of {', '.join(ENDINGS)}")
     return file
 
 
 def read_documents(paths: Sequence[str], text_field: str = "text", prompt_field: str = "") -> Iterator[Document]:
-    """Every document of some files, folders or globs, in order.
+    """Yields all documents of files, folders or globs, in order, including empty ones.
 
     Args:
       paths: see `find_files`.
-      text_field: field of a .jsonl line or column of a .parquet file that holds the text.
-      prompt_field: field with the document's prompt; empty: there is none.
-
-    Yields:
-      Documents, empty ones too.
+      text_field: field of a .jsonl line or column of a .parquet file that contains the text.
+      prompt_field: field with the prompt of the document; empty if documents have no prompt.
 
     Raises:
-      InputError: naming file, line or row, and field: what `find_files` refuses, a file that cannot be read
-        or is truncated, text that is not UTF-8, a line that is not a JSON object, a missing field, no string.
+      InputError: as for `find_files`, or if a file cannot be read or is truncated, text is not UTF-8, a line is not a
+        JSON object, or a field is missing or not a string. The message names the file, the line or row, and the field.
     """
     for file in find_files(paths):
         try:
@@ -109,7 +108,7 @@ def _read_text(file: str) -> Document:
 def _read_jsonl(file: str, field: str, prompt_field: str) -> Iterator[Document]:
     codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(file)[1].lower())
     with open(file, "rb") as raw:
-        # Arrow's stream notices a file that is cut short; the zstandard package's reader just ends.
+        # Arrow's stream detects a truncated file; the reader of the zstandard package just ends.
         lines = io.BufferedReader(pa.CompressedInputStream(raw, codec)) if codec else raw
         before = 0
         for number, line in enumerate(lines, start=1):
@@ -140,7 +139,7 @@ def _parse(where: str, line: str) -> dict[str, Any]:
 
 def _read_parquet(file: str, field: str, prompt_field: str) -> Iterator[Document]:
     try:
-        # The defaults hold the column of the whole file in memory; this way it is a page and a buffer.
+        # By default, pyarrow loads the column of the complete file; with these options, one page and a buffer.
         table = pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise InputError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from None
@@ -181,8 +180,8 @@ def _checked(where: str, field: str, text: Any) -> str:
         raise InputError(f"{where} has {value} ({type(text).__name__}) in field {field!r}: it must be a string")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise InputError(f"{where} has half a surrogate pair at character {error.start} of field {field!r}") from None
+    except UnicodeEncodeError as error:  # JSON can contain a lone surrogate, which tokenizers do not accept
+        raise InputError(f"{where} has a lone surrogate at character {error.start} of field {field!r}") from None
     return text
 
 

@@ -1,11 +1,10 @@
-"""From a token stream to rows: which tokens a row holds, and what training is told about them.
+"""Packs a token stream into training sequences.
 
-A row of `window` tokens comes from one span of at most window + 1 tokens: the inputs are all but its last
-token, the targets all but its first. Two ways to cut the spans (`Spans`), one way to make a row of a span
-(`pack`).
+A sequence of `window` tokens is made from one span of at most window + 1 tokens: its inputs are all tokens but the
+last, its targets all but the first. `Spans` divides the stream into spans; `pack` makes a sequence from a span.
 
-'joined' cuts the stream of all documents every `window` tokens, so every token but the last few is an input
-exactly once. 'document' cuts every document by itself and pads its last piece.
+'joined' cuts the concatenated documents every `window` tokens, so each token but the last few is an input exactly once.
+'document' cuts each document separately and pads the last piece.
 """
 
 import dataclasses
@@ -15,17 +14,17 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
-Row = dict[str, np.ndarray]
-"""Arrays [window]: tokens, targets, positions, segment_ids (all int32) and loss_weights (float32)."""
+PackedSequence = dict[str, np.ndarray]
+"""Arrays of shape [window]: tokens, targets, positions, segment_ids (all int32) and loss_weights (float32)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """The span of the token stream that each row is made of.
+    """The span of the token stream from which each sequence is made.
 
     Attributes:
-      offsets: int64 of shape [D + 1], where the D documents start in the stream, and its end.
-      window: tokens in a row.
+      offsets: int64 of shape [D + 1], the start of each of the D documents in the stream, and the end of the stream.
+      window: sequence length in tokens.
       packing: 'joined' or 'document'.
     """
 
@@ -34,38 +33,38 @@ class Spans:
     packing: Literal["joined", "document"]
 
     def __len__(self) -> int:
-        """Rows. An incomplete row of 'joined' and a piece of one token, which has no target, do not count."""
+        """Number of sequences. An incomplete sequence of 'joined' and a piece of one token do not count."""
         if self.packing == "joined":
             return max(0, int(self.offsets[-1]) - 1) // self.window
-        return int(self._first_rows[-1])
+        return int(self._first_sequences[-1])
 
-    def __getitem__(self, row: int) -> tuple[int, int]:
-        """Start and stop of a row's span: window + 1 tokens, or from 2 to window + 1 with 'document'."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Start and stop of the span of a sequence: window + 1 tokens, or 2 to window + 1 with 'document'."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} is out of range: there are {len(self)} sequences")
         if self.packing == "joined":
-            return row * self.window, (row + 1) * self.window + 1
-        document = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        start = int(self.offsets[document]) + (row - int(self._first_rows[document])) * self.window
+            return index * self.window, (index + 1) * self.window + 1
+        document = int(np.searchsorted(self._first_sequences, index, side="right")) - 1
+        start = int(self.offsets[document]) + (index - int(self._first_sequences[document])) * self.window
         return start, min(start + self.window + 1, int(self.offsets[document + 1]))
 
-    def boundaries(self, row: int) -> Int[np.ndarray, " K"]:
-        """Where documents start inside a row's span, its first token excepted, counted from that token."""
-        start, stop = self[row]
+    def boundaries(self, index: int) -> Int[np.ndarray, " K"]:
+        """Starts of documents inside the span of a sequence, relative to its first token, which is not included."""
+        start, stop = self[index]
         first, last = np.searchsorted(self.offsets, [start + 1, stop])
         return self.offsets[first:last] - start
 
-    def in_prompt(self, row: int, prompts: Int[np.ndarray, " D"]) -> Bool[np.ndarray, " n"]:
-        """Which tokens of a row's span belong to the prompt of their document, given the prompts' lengths."""
-        tokens = np.arange(*self[row])
+    def in_prompt(self, index: int, prompts: Int[np.ndarray, " D"]) -> Bool[np.ndarray, " n"]:
+        """Whether each token in the span of a sequence belongs to a prompt, given the prompt length per document."""
+        tokens = np.arange(*self[index])
         document = np.searchsorted(self.offsets, tokens, side="right") - 1
         return tokens - self.offsets[document] < prompts[document]
 
     @functools.cached_property
-    def _first_rows(self) -> np.ndarray:
-        """int64 [D + 1]: with 'document', the first row of each document, and the number of rows."""
-        rows = -((1 - np.diff(self.offsets)) // self.window)  # ceil((length - 1) / window)
-        return np.concatenate([[0], np.cumsum(rows)])
+    def _first_sequences(self) -> np.ndarray:
+        """int64 [D + 1]: with 'document', the first sequence of each document, and the number of sequences."""
+        counts = -((1 - np.diff(self.offsets)) // self.window)  # ceil((length - 1) / window)
+        return np.concatenate([[0], np.cumsum(counts)])
 
 
 def pack(
@@ -76,21 +75,21 @@ def pack(
     segment_masking: bool,
     reset_positions: bool,
     prompt: Bool[np.ndarray, " n"] | None = None,
-) -> Row:
-    """One row, padded on the right with token 0, segment 0 and weight 0 where its span is short.
+) -> PackedSequence:
+    """Makes a sequence from a span. A short span is padded on the right with token 0, segment 0 and weight 0.
 
     Args:
       span: 2 to window + 1 tokens.
-      boundaries: where in `span` a new document starts, ascending, each at least 1.
-      window: tokens in the row.
-      segment_masking: number the documents of the row from 1 in `segment_ids`, and give weight 0 to the
-        prediction of a document's first token, which the document before cannot tell. Otherwise all real
-        tokens are segment 1.
-      reset_positions: count positions from 0 in each document of the row. Otherwise through the whole row.
-      prompt: which tokens of `span` belong to a prompt: their prediction has weight 0. None: none does.
+      boundaries: indices in `span` at which a new document starts, ascending, each at least 1.
+      window: sequence length in tokens.
+      segment_masking: number the documents in the sequence from 1 in `segment_ids`, and give weight 0 to the prediction
+        of a document's first token, which does not depend on the document before it. Otherwise all tokens but the
+        padding are in segment 1.
+      reset_positions: count positions from 0 in each document. Otherwise they count through the complete sequence.
+      prompt: whether each token of `span` belongs to a prompt; its prediction then has weight 0. None: no prompts.
     """
     real = len(span) - 1
-    document = np.searchsorted(boundaries, np.arange(real + 1), side="right")  # of each token, from 0
+    document = np.searchsorted(boundaries, np.arange(real + 1), side="right")  # index of each token's document
 
     positions = np.arange(window, dtype=np.int32)
     if reset_positions:
@@ -104,9 +103,9 @@ def pack(
         weights[prompt[1:]] = 0
 
     def padded(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
-        row = np.zeros(window, dtype)
-        row[:real] = values
-        return row
+        sequence = np.zeros(window, dtype)
+        sequence[:real] = values
+        return sequence
 
     return {
         "tokens": padded(span[:-1]),
@@ -118,16 +117,16 @@ def pack(
 
 
 def skip_positions(positions: Int[np.ndarray, " window"], reach: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Positions of a row with one jump, so that they stay below `reach` and their distances cover it (PoSE).
+    """Returns the positions of a sequence with one jump, to train a longer window with short sequences (PoSE).
 
-    The row is cut in two at a random place, and the second part's positions are shifted by a random number of tokens,
-    both uniform and anew for every row: positions and distances up to `reach` are trained, at the cost of a short row
-    (Zhu et al. 2023, arXiv 2309.10400, section 3.2, with two chunks of continuous text).
+    The sequence is split at a random point, and the positions of the second part are shifted by a random number of
+    tokens. Both are uniformly distributed and differ for each sequence, so that over many sequences all positions and
+    distances below `reach` occur (Zhu et al. 2023, arXiv 2309.10400, section 3.2, with two chunks of contiguous text).
 
     Args:
-      positions: 0, 1, 2 and so on, int32.
-      reach: the window trained for, at least the row's.
-      seed: what the two random numbers depend on.
+      positions: int32 of shape [window]: 0, 1, 2 and so on.
+      reach: window to train for, in tokens; at least the length of the sequence.
+      seed: seed of the two random numbers.
     """
     rng = np.random.default_rng(seed)
     window = len(positions)

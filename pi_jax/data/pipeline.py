@@ -1,9 +1,10 @@
-"""The batch of any step: a pure function of the config and the stores.
+"""Computes the batch of any step as a pure function of the config and the token stores.
 
-Each source is shuffled by itself, anew every epoch, and repeated without end; the sources are interleaved by
-weight; step t takes rows t * batch_size to (t + 1) * batch_size of that sequence. So the batch of a step is
-the same on any number of hosts, and the position of a run is its step: there is no iterator state to save.
-Grain supplies the permutations, the interleaving and the threads that prepare batches ahead.
+Each source is shuffled separately, with a new order in every epoch, and repeated indefinitely. The sources are
+interleaved by weight into one stream of sequences, and step t uses the sequences from t * batch_size to
+(t + 1) * batch_size. The batch of a step is therefore the same on any number of hosts, and a run resumes from its step
+alone: there is no iterator state to save. Grain provides the permutations, the interleaving and the threads that
+prepare batches in advance.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ from pi_jax.data.store import TokenStore
 from pi_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-"""The arrays of `packing.Row`, of shape [batch_size, window]."""
+"""The arrays of `packing.PackedSequence`, of shape [batch_size, window]."""
 
-# Fields of `DataConfig` that decide the batches. A new one belongs here if it does too.
+# Fields of `DataConfig` that determine the batches. Add a new field here if it does too.
 _DECIDING_FIELDS = (
     "window",
     "batch_size",
@@ -43,14 +44,14 @@ class Source:
 
     path: str
     weight: float
-    """Rows drawn from it are proportional to it, whatever the store's size."""
+    """Relative number of sequences taken from this store, regardless of its size."""
 
 
 def parse_source(text: str) -> Source:
-    """'STORE' or 'STORE@WEIGHT'; the weight is 1 where there is none.
+    """Parses 'STORE' or 'STORE@WEIGHT'. The default weight is 1.
 
     Raises:
-      InputError: if what follows the last '@' of the last path component is no positive number.
+      InputError: if the text after the last '@' of the last path component is not a positive number.
     """
     path, at, weight = text.rpartition("@")
     if not at or "/" in weight:
@@ -64,10 +65,10 @@ def parse_source(text: str) -> Source:
     return Source(path, value)
 
 
-class Rows:
-    """The rows of one store in the order of its documents: a random-access source for Grain.
+class Sequences:
+    """The sequences of one store in the order of its documents, as a random-access source for Grain.
 
-    `rows[i]` is a `packing.Row`, the same every time.
+    `sequences[i]` is a `packing.PackedSequence`, which depends only on `i`.
     """
 
     def __init__(self, store: TokenStore, config: DataConfig):
@@ -77,49 +78,49 @@ class Rows:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, row: int) -> packing.Row:
+    def __getitem__(self, index: int) -> packing.PackedSequence:
         return packing.pack(
-            self._store.read(*self._spans[row]),
-            self._spans.boundaries(row),
+            self._store.read(*self._spans[index]),
+            self._spans.boundaries(index),
             self._config.window,
             segment_masking=self._config.segment_masking,
             reset_positions=self._config.reset_positions,
-            prompt=self._spans.in_prompt(row, self._store.prompts) if self._config.mask_prompts else None,
+            prompt=self._spans.in_prompt(index, self._store.prompts) if self._config.mask_prompts else None,
         )
 
 
 class Pipeline:
-    """The batches of a run; see the module's docstring. `open_pipeline` makes one with all checks.
+    """The batches of a run; see the module docstring. `open_pipeline` opens the stores and checks them first.
 
     Args:
-      config: its sources give the weights.
-      stores: one for each of `config.sources`, with at least one row each.
+      config: data config, including the weights of the sources.
+      stores: one store for each of `config.sources`, with at least one sequence each.
     """
 
     def __init__(self, config: DataConfig, stores: Sequence[TokenStore]):
         self.config, self.stores = config, tuple(stores)
-        sources = [Rows(store, config) for store in stores]
+        sources = [Sequences(store, config) for store in stores]
         weights = [parse_source(source).weight for source in config.sources]
-        # Grain's epoch e is shuffled with seed + e: neighbouring seeds would repeat each other's epochs, and
-        # equal ones would walk through stores of the same size in step.
+        # Grain shuffles epoch e with seed + e. Consecutive seeds would therefore repeat the orders of other sources,
+        # and equal seeds would give stores of the same size the same order.
         seeds = np.random.SeedSequence(config.seed).generate_state(len(sources))
-        self._rows = grain.MapDataset.mix(
+        self._stream = grain.MapDataset.mix(
             [
                 grain.MapDataset.source(source).shuffle(seed=int(seed)).repeat()
                 for source, seed in zip(sources, seeds, strict=True)
             ],
             weights,
         )
-        self.num_rows = sum(map(len, sources))
+        self.num_sequences = sum(map(len, sources))
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which as many rows are drawn as all sources hold: each once, if there is one source."""
-        return self.num_rows / self.config.batch_size
+        """Number of steps that use as many sequences as all sources contain."""
+        return self.num_sequences / self.config.batch_size
 
     @property
     def tokenizer_dir(self) -> str:
-        """Local folder with the tokenizer's files."""
+        """Local folder with the tokenizer files."""
         return self.stores[0].tokenizer_dir
 
     @property
@@ -134,9 +135,9 @@ class Pipeline:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the batches, by field; where the stores lie and how they are read does not.
+        """The values that determine the batches, by field. Paths of stores and prefetching are not among them.
 
-        A run that resumes with another identity would not continue with its data.
+        A run can be resumed only with the same identity.
         """
         sources = [
             [store.manifest["sha256"], parse_source(source).weight]
@@ -145,36 +146,36 @@ class Pipeline:
         return {"data.sources": sources} | {f"data.{name}": getattr(self.config, name) for name in _DECIDING_FIELDS}
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of a step.
+        """Returns the batch of a step.
 
         Args:
-          step: from 0, without end.
-          rows: only these rows of the batch, as a host reads its own share.
+          step: index of the step, from 0, without an upper limit.
+          rows: sequences of the batch to read, such as those of one host; None reads all of them.
 
         Returns:
-          The arrays of `packing.Row`, each [batch_size, window], or as many rows as `rows` names.
+          The arrays of `packing.PackedSequence`, stacked along a new first axis.
 
         Raises:
           InputError: if a store cannot be read.
         """
         if step < 0:
-            raise ValueError(f"step {step}")
+            raise ValueError(f"step is {step}: it must be 0 or more")
         size = self.config.batch_size
-        chosen = [self._row(i) for i in range(step * size, (step + 1) * size)[rows or slice(None)]]
-        return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
+        chosen = [self._sequence(i) for i in range(step * size, (step + 1) * size)[rows or slice(None)]]
+        return {name: np.stack([sequence[name] for sequence in chosen]) for name in chosen[0]}
 
-    def _row(self, number: int) -> packing.Row:
-        """A row of the endless sequence, by its number: an epoch later the same text has another jump."""
-        row = self._rows[number]
+    def _sequence(self, number: int) -> packing.PackedSequence:
+        """Returns a sequence of the stream. With PoSE, the same text has another jump in each epoch."""
+        sequence = self._stream[number]
         if not self.config.pose_window:
-            return row
+            return sequence
         seed = (self.config.seed, number)
-        return row | {"positions": packing.skip_positions(row["positions"], self.config.pose_window, seed)}
+        return sequence | {"positions": packing.skip_positions(sequence["positions"], self.config.pose_window, seed)}
 
     def iterate(self, start_step: int, rows: slice | None = None) -> Iterator[Batch]:
-        """`batch(start_step, rows)`, `batch(start_step + 1, rows)` and so on, without end.
+        """Iterates over `batch(start_step, rows)`, `batch(start_step + 1, rows)` and so on, indefinitely.
 
-        Threads hold `config.prefetch` batches ready. The iterator has `close()`, which ends them.
+        Threads prefetch `config.prefetch` batches. The `close` method of the iterator stops them.
         """
         threads = min(self.config.prefetch, _MAX_THREADS)
         return iter(
@@ -185,12 +186,12 @@ class Pipeline:
 
 
 def open_pipeline(config: DataConfig) -> Pipeline:
-    """The pipeline of a config, with its stores opened and everything checked that can be.
+    """Opens the stores of a config, checks them and returns the pipeline.
 
     Raises:
-      InputError: if there is no source, a store is missing, half-written or damaged, the tokenizers differ,
-        no document of a store fills the window while `config.require_long_documents`, a store without prompts
-        meets `config.mask_prompts`, or a store has no whole row.
+      InputError: if there is no source, a store is missing, incomplete or damaged, the tokenizers differ,
+        `config.require_long_documents` is set and no document of a store fills the window, `config.mask_prompts` is set
+        and a store has no prompts, or a store is too small for one sequence.
     """
     if not config.sources:
         raise InputError("data.sources is empty: it must name at least one token store made by pi_jax.prepare")
@@ -206,7 +207,7 @@ def _check(store: TokenStore, first: TokenStore, config: DataConfig) -> None:
     if store.tokenizer.vocab_hash != first.tokenizer.vocab_hash:
         raise InputError(
             f"the token stores {first.path} and {store.path} were made with different tokenizers: "
-            "prepare both with that of the model"
+            "prepare both with the tokenizer of the model"
         )
     if config.mask_prompts and store.prompts is None:
         raise InputError(
@@ -215,11 +216,10 @@ def _check(store: TokenStore, first: TokenStore, config: DataConfig) -> None:
     longest = int(np.diff(store.offsets).max())
     if config.require_long_documents and longest < config.window:
         raise InputError(
-            f"data.window is {config.window} but the longest document of {store.path} has {longest} tokens, "
-            "so nothing would train the long distances: choose a shorter --data.window, or "
-            "--data.no-require-long-documents"
+            f"data.window is {config.window}, but the longest document of {store.path} has {longest} tokens, so no "
+            "long distances would be trained: use a shorter --data.window, or --data.no-require-long-documents"
         )
-    if not len(Rows(store, config)):
+    if not len(Sequences(store, config)):
         raise InputError(
-            f"{store.path} has {store.num_tokens} tokens: a row takes data.window + 1 = {config.window + 1}"
+            f"{store.path} has {store.num_tokens} tokens: one sequence needs data.window + 1, {config.window + 1}"
         )

@@ -1,7 +1,7 @@
-"""Documents to a token store, and what a user should know about them before training.
+"""Tokenizes documents into a token store and summarizes their lengths.
 
-Each document is tokenized whole and without special tokens; EOS is appended and BOS prepended as asked.
-Documents go through the tokenizer in batches, which its Rust threads share out.
+Each document is tokenized as a whole, without special tokens; EOS is appended and BOS prepended as requested. Documents
+are passed to the tokenizer in batches, which it processes in parallel threads.
 """
 
 import dataclasses
@@ -20,43 +20,43 @@ from pi_jax.data.tokenizer import Prompt, encode, load_tokenizer, special_tokens
 from pi_jax.errors import InputError
 
 SUMMARIZE = "Read the following article and then summarize it.\n{}\nNow summarize the above article.\nSummary:\n"
-"""The paper's prompt for GovReport (Figure 4); that the summary begins on a line of its own is our choice."""
+"""The paper's prompt template for GovReport (Figure 4). The line break before the summary is our choice."""
 
 _BATCH_CHARACTERS = 2**24
-"""Characters tokenized at a time; the tokenizer needs tens of bytes for each."""
+"""Characters per batch. The tokenizer needs tens of bytes of memory per character."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Tokenize text once, into a token store that training reads.
+    """Tokenize text once, into a token store for training.
 
-    A .txt file is one document; .jsonl (also .gz, .zst) and .parquet hold one a line or row."""
+    A .txt file is one document; .jsonl (also .gz, .zst) and .parquet files contain one document per line or row."""
 
     input: tuple[str, ...]
     """Text files, folders (searched recursively) or globs: .txt .jsonl .jsonl.gz .jsonl.zst .parquet"""
     tokenizer: str
-    """Local Hugging Face folder with the tokenizer of the model to be trained."""
+    """Local Hugging Face folder with the tokenizer of the model to train."""
     output: str
-    """Folder of the token store to make."""
+    """Folder of the token store to create."""
     text_field: str = "text"
-    """Field of a .jsonl line or column of a .parquet file that holds the text."""
+    """Field of a .jsonl line or column of a .parquet file that contains the text."""
     prompt_field: str = ""
-    """Field with what stands before the text and is given, not predicted; `data.mask_prompts` then leaves it out of the
-    loss. Empty: documents have no prompt."""
+    """Field with the prompt: text that precedes the document and that `data.mask_prompts` excludes from the loss.
+    Empty: documents have no prompt."""
     prompt_template: str = "{}"
-    """Words around the prompt, which takes the place of {}; 'summarize': the paper's for GovReport."""
+    """Template of the prompt; {} is replaced by the prompt field. 'summarize' is the paper's template for GovReport."""
     max_prompt_tokens: int | None = None
-    """Keep the first so many tokens of the prompt field."""
+    """Maximum number of tokens of the prompt field; the rest is cut off."""
     max_text_tokens: int | None = None
-    """Keep the first so many tokens of the text."""
+    """Maximum number of tokens of the text; the rest is cut off."""
     bos: bool = False
-    """Put the tokenizer's BOS token before every document."""
+    """Prepend the tokenizer's BOS token to each document."""
     eos: bool = True
-    """Put the tokenizer's EOS token after every document."""
+    """Append the tokenizer's EOS token to each document."""
     window: int = 32768
-    """Window to be trained, in tokens: the summary says how much text is in documents that fill it."""
+    """Window to train for, in tokens. The summary states how much of the text is in documents that fill it."""
     overwrite: bool = False
-    """Replace a token store that stands at the output."""
+    """Replace an existing token store at the output."""
     report: str = ""
     """Also write the summary to this JSON file."""
 
@@ -71,31 +71,33 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was prepared; lengths are in tokens, BOS and EOS included."""
+    """Summary of a prepared token store. Lengths are in tokens, including BOS and EOS."""
 
     output: str
+    """Folder of the token store."""
     documents: int
     empty_documents: int
-    """Left out of the store."""
+    """Empty documents, which are not in the store."""
     tokens: int
     characters_per_token: float
-    """Without BOS and EOS."""
+    """Mean, not counting BOS and EOS."""
     median_length: float
     longest: int
     length_histogram: dict[str, dict[str, int]]
-    """Documents and tokens by the power of two at or below the document's length."""
+    """Documents and tokens by the power of two at or below the length of the document."""
     window: int
+    """Window to train for, in tokens."""
     long_documents: int
     """Documents that fill the window."""
     long_tokens_share: float
-    """Fraction of all tokens in documents that fill the window."""
+    """Fraction of all tokens that are in documents that fill the window."""
     seconds: float
     tokens_per_second: float
 
     def __str__(self) -> str:
         lines = [
             f"Token store {self.output}: {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.characters_per_token:.2f} characters a token",
+            f"{self.characters_per_token:.2f} characters per token",
             f"Tokenized in {self.seconds:,.1f} s, {self.tokens_per_second:,.0f} tokens/s",
             f"Document length in tokens: median {self.median_length:,.0f}, longest {self.longest:,}",
             f"{'at least':>12} {'documents':>12} {'tokens':>16} {'share':>7}",
@@ -104,7 +106,7 @@ class Summary:
             share = bin["tokens"] / self.tokens
             lines.append(f"{int(lower):>12,} {bin['documents']:>12,} {bin['tokens']:>16,} {share:>7.1%}")
         if self.empty_documents:
-            lines.append(f"Left out: {self.empty_documents:,} empty documents")
+            lines.append(f"Skipped: {self.empty_documents:,} empty documents")
         if self.long_documents:
             lines.append(
                 f"Documents that fill a window of {self.window:,}: {self.long_documents:,}, "
@@ -112,8 +114,8 @@ class Summary:
             )
         else:
             lines.append(
-                f"No document fills a window of {self.window:,} tokens: trained on this text, a model would "
-                "never see a connection over that distance. Use longer documents, or a shorter window."
+                f"No document fills a window of {self.window:,} tokens, so training on this text would not teach a "
+                "model to use that distance: use longer documents or a shorter window."
             )
         return "\n".join(lines)
 
@@ -122,7 +124,7 @@ def prepare(options: Options) -> Summary:
     """Tokenizes the input into a token store.
 
     Raises:
-      InputError: for input, tokenizer or output that cannot be used, or input without any text.
+      InputError: if the input, tokenizer or output cannot be used, or the input contains no text.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = load_tokenizer(options.tokenizer)
@@ -158,12 +160,12 @@ def prepare(options: Options) -> Summary:
             characters += sum(len(d.text) + len(d.prompt) for d in batch)
             bar.update(sum(document.file_bytes for document in batch))
         if not writer.num_documents:
-            raise InputError(f"--input {' '.join(options.input)}: there is no text in it, only {empty} empty documents")
+            raise InputError(f"--input {' '.join(options.input)} contains no text, only {empty} empty documents")
     return _summarize(options, characters, empty, time.monotonic() - started)
 
 
 def _progress(total: int) -> tqdm.tqdm:
-    seconds = 0.2 if sys.stderr.isatty() else 30  # a log file gets a line now and then
+    seconds = 0.2 if sys.stderr.isatty() else 30  # write few lines to a log file
     return tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=seconds)
 
 
@@ -171,7 +173,7 @@ def _batches(stream: Iterable[documents.Document]) -> Iterator[list[documents.Do
     batch, size = [], 0
     for document in stream:
         batch.append(document)
-        size += len(document.text) + 100  # so that a batch of empty documents ends, too
+        size += len(document.text) + 100  # limits the number of empty documents in a batch too
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -202,7 +204,7 @@ def _summarize(options: Options, characters: int, empty: int, seconds: float) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m pi_jax.prepare`."""
+    """Runs `python -m pi_jax.prepare`."""
 
     def command() -> None:
         options = tyro.cli(Options, prog="python -m pi_jax.prepare", args=argv)

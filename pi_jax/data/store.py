@@ -1,14 +1,14 @@
-"""The token store: every document as token ids, one after the other, in a folder.
+"""The token store: a folder with the token ids of all documents, concatenated.
 
     tokens/         zarr 3 array, uint16 if the vocabulary fits, else uint32
-    offsets/        zarr 3 array, int64 [D + 1]: where each document starts in `tokens`, and the end
-    prompts/        zarr 3 array, int64 [D]: how many first tokens of each document are its prompt; only if any has one
-    tokenizer/      the tokenizer's files, as they were
-    manifest.json   what made it, how much is in it, and the size of every file; written last
+    offsets/        zarr 3 array, int64 [D + 1]: start of each document in `tokens`, and the end
+    prompts/        zarr 3 array, int64 [D]: number of prompt tokens in each document; only if there are prompts
+    tokenizer/      tokenizer files, unchanged
+    manifest.json   tokenizer, sources, numbers of documents and tokens, and the size of each file; written last
 
-TensorStore reads it from a local folder or straight from `gs://` or `s3://`. A shard is one file of many
-compressed chunks, so reading a row touches one or two chunks and the shard's index. Each chunk carries a
-checksum, and a missing chunk is an error, never zeros. Offsets are held in memory: 8 bytes a document.
+TensorStore reads it from a local folder or directly from `gs://` or `s3://`. A shard is one file of many compressed
+chunks, so reading a sequence touches one or two chunks and the index of the shard. Each chunk has a checksum, and a
+missing chunk is an error and never read as zeros. Offsets are kept in memory: 8 bytes per document.
 """
 
 import array
@@ -32,18 +32,19 @@ from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo
 from pi_jax.errors import InputError
 
 FORMAT = 1
+"""Version of the format, stored in the manifest."""
 
 SHARD_TOKENS = 2**24
-"""Tokens in a file; the writer holds as many in memory."""
+"""Tokens per file. The writer keeps this many tokens in memory."""
 CHUNK_TOKENS = 2**15
-"""Tokens that are compressed, and read, together."""
+"""Tokens per chunk, the unit of compression and reading."""
 _CACHE_BYTES = 2**26
 _SECONDS_TO_ANSWER = 60
-"""Seconds to wait for a remote store; TensorStore by itself retries for a quarter of an hour."""
+"""Timeout for a remote store, in seconds. TensorStore on its own would retry for a quarter of an hour."""
 
 
 def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]]:
-    """Documents and tokens by length: the key is the power of two at or below it."""
+    """Counts documents and tokens by document length. The key is the power of two at or below the length."""
     exponents = np.frexp(lengths.astype(np.float64))[1] - 1
     return {
         str(2 ** int(e)): {"documents": int((exponents == e).sum()), "tokens": int(lengths[exponents == e].sum())}
@@ -52,21 +53,22 @@ def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]
 
 
 class TokenStoreWriter:
-    """Writes a store: a context manager that leaves a whole store at `path`, or nothing.
+    """Writes a store. A context manager that creates a complete store at `path`, or nothing if there is an error.
 
-    Everything goes to a folder beside `path` that is renamed at the end. At most one shard is in memory.
+    All files are written to a temporary folder next to `path`, which is renamed at the end. At most one shard is in
+    memory.
 
     Args:
-      path: local folder to make.
-      tokenizer: identity of the tokenizer that made the tokens.
-      tokenizer_dir: folder from which `TOKENIZER_FILES` are copied.
-      facts: further entries of the manifest, such as sources and the bos/eos policy.
-      overwrite: replace a token store that stands at `path`.
-      shard_tokens: a multiple of `chunk_tokens`.
+      path: local folder to create.
+      tokenizer: identity of the tokenizer that produced the tokens.
+      tokenizer_dir: folder from which to copy `TOKENIZER_FILES`.
+      facts: additional entries of the manifest, such as the sources and the BOS and EOS tokens.
+      overwrite: replace an existing token store at `path`.
+      shard_tokens: see `SHARD_TOKENS`; a multiple of `chunk_tokens`.
       chunk_tokens: see `CHUNK_TOKENS`.
 
     Raises:
-      InputError: if `path` is taken, is a URL, or cannot be written.
+      InputError: if `path` already exists, is a URL, or cannot be written.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class TokenStoreWriter:
         chunk_tokens: int = CHUNK_TOKENS,
     ):
         if "://" in path:
-            raise InputError(f"{path}: a token store is written to a local folder; copy it to {path} afterwards")
+            raise InputError(f"{path} is a URL: write the token store to a local folder and copy it there afterwards")
         self._path = pathlib.Path(path).absolute()
         self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.writing")
         self._tokenizer, self._tokenizer_dir = tokenizer, pathlib.Path(tokenizer_dir)
@@ -93,9 +95,9 @@ class TokenStoreWriter:
     def __enter__(self) -> "TokenStoreWriter":
         if self._path.exists() and (not self._path.is_dir() or any(self._path.iterdir())):
             if not self._overwrite:
-                raise InputError(f"{self._path} is there already: choose another folder, or --overwrite")
+                raise InputError(f"{self._path} already exists: choose another folder, or use --overwrite")
             if not (self._path / "manifest.json").is_file():
-                raise InputError(f"{self._path} is no token store and is not overwritten: remove it by hand")
+                raise InputError(f"{self._path} is not a token store, so it is not overwritten: remove it manually")
         try:
             self._temporary.mkdir(parents=True)
             self._tokens = _create(self._temporary / "tokens", self._buffer.dtype, len(self._buffer), self._chunk)
@@ -105,14 +107,22 @@ class TokenStoreWriter:
         return self
 
     def add(self, tokens: Int[np.ndarray, " n"], prompt: int = 0) -> None:
-        """Appends one document of at least one token, of which the first `prompt`, but not all, are its prompt."""
+        """Appends a document.
+
+        Args:
+          tokens: token ids; at least one.
+          prompt: number of tokens at the start that are the prompt; fewer than the length of the document.
+        """
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(f"a document of shape {tokens.shape}: it needs one axis and at least one token")
+            raise ValueError(f"the document has shape {tokens.shape}: it must have one axis and at least one token")
         if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
-            raise ValueError(f"tokens {tokens.min()}..{tokens.max()}: not of {self._tokenizer}")
+            raise ValueError(
+                f"the document has token ids from {tokens.min()} to {tokens.max()}: they must be ids of "
+                f"{self._tokenizer}"
+            )
         if not 0 <= prompt < len(tokens):
-            raise ValueError(f"a prompt of {prompt} tokens in a document of {len(tokens)}")
+            raise ValueError(f"the prompt has {prompt} tokens: it must be shorter than the document, {len(tokens)}")
         self._offsets.append(self._offsets[-1] + len(tokens))
         self._prompts.append(prompt)
         while len(tokens):
@@ -192,13 +202,13 @@ def _create(folder: pathlib.Path, dtype: np.dtype, shard: int, chunk: int) -> ts
         {"name": "crc32c"},
     ]
     metadata = {
-        "shape": [2**60],  # resized when the length is known
+        "shape": [2**60],  # resized once the length is known
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
         "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [chunk], "codecs": inner}}],
         "fill_value": 0,
     }
-    # A chunk of nothing but token 0 is stored too: readers take a missing chunk for damage.
+    # A chunk that contains only token 0 is stored too, because readers treat a missing chunk as damage.
     spec = {"driver": "zarr3", "kvstore": _kvstore(str(folder)), "metadata": metadata}
     return ts.open({**spec, "store_data_equal_to_fill_value": True}, create=True).result()
 
@@ -215,15 +225,15 @@ def _first_line(error: Exception) -> str:
 
 
 class TokenStore:
-    """A store, open for reading. Threads may share it; pickled, it is opened anew from its path.
+    """A store, open for reading. Threads can share it. Unpickling it reopens the store from its path.
 
     A process that was forked after TensorStore was used cannot read: start worker processes with 'spawn'.
 
     Attributes:
       path: local folder or URL.
-      manifest: contents of manifest.json.
-      offsets: int64 of shape [D + 1], read-only.
-      prompts: int64 of shape [D], how many first tokens of each document are its prompt; None: there are no prompts.
+      manifest: content of manifest.json.
+      offsets: int64 of shape [D + 1], read-only: start of each document in the token stream, and its end.
+      prompts: int64 of shape [D], number of prompt tokens at the start of each document; None: there are no prompts.
     """
 
     def __init__(
@@ -239,17 +249,18 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str) -> "TokenStore":
-        """Opens and checks a store: every file must be there with at least the size it was written with.
+        """Opens a store and checks that each file exists with at least the size stated in the manifest.
 
         Raises:
-          InputError: if `path` is no token store, or one of another format, half-written or damaged.
+          InputError: if `path` is not a token store, or has another format version, is incomplete or damaged.
         """
         try:
             files = ts.KvStore.open(_kvstore(path)).result()
             manifest = files.read("manifest.json").result(timeout=_SECONDS_TO_ANSWER)
             if manifest.state != "value":
                 raise InputError(
-                    f"{path} is no whole token store, for it has no manifest.json: python -m pi_jax.prepare makes one"
+                    f"{path} is not a complete token store, because it has no manifest.json: create one with python -m "
+                    "pi_jax.prepare"
                 )
             manifest = _checked_manifest(path, manifest.value)
             last_bytes = {
@@ -258,14 +269,16 @@ class TokenStore:
             }
             for name, byte in last_bytes.items():
                 if byte.exception() or byte.result().state != "value":
-                    raise InputError(f"{path} is damaged: {name} is missing or cut short; copy or prepare it again")
+                    raise InputError(f"{path} is damaged: {name} is missing or truncated; copy or prepare it again")
             tokens, offsets = _open(path, "tokens"), _open(path, "offsets").read().result()
             has_prompts = any(name.startswith("prompts/") for name in manifest["files"])
             prompts = _open(path, "prompts").read().result() if has_prompts else None
         except InputError:
             raise
         except TimeoutError:
-            raise InputError(f"{path} does not answer in {_SECONDS_TO_ANSWER} s: check the URL and access") from None
+            raise InputError(
+                f"{path} did not respond within {_SECONDS_TO_ANSWER} s: check the URL and your access"
+            ) from None
         except ValueError as error:
             raise InputError(f"{path} cannot be opened as a token store: {_first_line(error)}") from None
         offsets.flags.writeable = False
@@ -286,18 +299,18 @@ class TokenStore:
 
     @property
     def tokenizer(self) -> TokenizerInfo:
-        """Identity of the tokenizer that made the tokens."""
+        """Identity of the tokenizer that produced the tokens."""
         return TokenizerInfo(**self.manifest["tokenizer"])
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " stop-start"]:
-        """Tokens start:stop of the stream of all documents, int32.
+        """Reads tokens start:stop of the concatenated documents, int32.
 
         Raises:
-          IndexError: if the range does not lie within the store.
-          InputError: if the file cannot be read, or its checksum is wrong.
+          IndexError: if the range is not within the store.
+          InputError: if a file cannot be read or a checksum is wrong.
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start}:{stop} of {self.num_tokens}")
+            raise IndexError(f"tokens {start}:{stop} are out of range: the store has {self.num_tokens} tokens")
         try:
             return self._tokens[start:stop].read().result().astype(np.int32)
         except ValueError as error:
@@ -305,10 +318,10 @@ class TokenStore:
 
     @functools.cached_property
     def tokenizer_dir(self) -> str:
-        """Local folder with the tokenizer's files; those of a remote store are fetched when first asked."""
+        """Local folder with the tokenizer files. The files of a remote store are downloaded on first use."""
         if "://" not in self.path:
             return os.path.join(self.path, "tokenizer")
-        self._fetched = tempfile.TemporaryDirectory(prefix="pi_jax-tokenizer-")  # lives as long as the store
+        self._fetched = tempfile.TemporaryDirectory(prefix="pi_jax-tokenizer-")  # deleted with the store
         files = ts.KvStore.open(_kvstore(self.path)).result()
         for name in self.manifest["files"]:
             if name.startswith("tokenizer/"):
@@ -317,7 +330,7 @@ class TokenStore:
 
 
 def _kvstore(path: str, name: str = "") -> str | dict[str, str]:
-    """TensorStore's spec of a store's folder, or of a folder in it; the slash at the end makes it one."""
+    """Returns TensorStore's spec of a store's folder, or of a subfolder. The trailing slash marks a folder."""
     if "://" in path:
         return "/".join([path.rstrip("/"), name]).rstrip("/") + "/"
     return {"driver": "file", "path": os.path.join(os.path.abspath(path), name, "")}
@@ -328,7 +341,7 @@ def _open(path: str, name: str) -> ts.TensorStore:
         "driver": "zarr3",
         "kvstore": _kvstore(path, name),
         "fill_missing_data_reads": False,
-        # The store never changes, so shard indices are cached for good instead of asking each time.
+        # A store never changes, so shard indices are cached permanently instead of being checked at each read.
         "recheck_cached_data": "open",
         "recheck_cached_metadata": "open",
         "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
@@ -341,9 +354,10 @@ def _checked_manifest(path: str, data: bytes) -> dict[str, Any]:
         manifest = json.loads(data)
         version = manifest["format"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is no token store: its manifest.json is not one of pi_jax.prepare") from None
+        raise InputError(f"{path} is not a token store: pi_jax.prepare did not write its manifest.json") from None
     if version != FORMAT:
         raise InputError(
-            f"{path} is a token store of format {version}, and this pi_jax reads {FORMAT}: prepare it again"
+            f"{path} is a token store of format {version}, but this version of pi_jax reads format {FORMAT}: prepare "
+            "it again"
         )
     return manifest

@@ -1,4 +1,4 @@
-"""Tokenizers: loading, encoding with special tokens, prompts, and what a store records of one."""
+"""Tokenizers: loading, encoding with special tokens, prompts, and the identity that a token store records."""
 
 import dataclasses
 import hashlib
@@ -23,38 +23,38 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files of a tokenizer in a model folder; those that exist are copied with it."""
+"""Tokenizer files that may exist in a model folder. Those that exist are copied along with a model."""
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The fast tokenizer of a local Hugging Face folder; nothing is downloaded, none of its code is run.
+    """Loads the fast tokenizer of a local Hugging Face folder without downloading files or running code from it.
 
     Raises:
-      InputError: if the folder is missing, or holds no tokenizer that transformers can load as a fast one.
+      InputError: if the folder does not exist or contains no tokenizer that transformers can load as a fast one.
     """
     import transformers
 
     if not os.path.isdir(folder):
-        raise InputError(f"tokenizer {folder}: there is no such folder; download the model's tokenizer into one")
+        raise InputError(f"tokenizer {folder}: there is no such folder; download the tokenizer of the model first")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever the files made transformers or tokenizers raise
+    except Exception as error:  # invalid files make transformers and tokenizers raise many types of exception
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise InputError(f"tokenizer {folder} cannot be loaded: {reason}") from None
     if not tokenizer.is_fast:
-        raise InputError(f"tokenizer {folder} is a {type(tokenizer).__name__}: a tokenizer.json is needed")
+        raise InputError(f"tokenizer {folder} is a {type(tokenizer).__name__}: the folder must have a tokenizer.json")
     return tokenizer
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, bos: bool, eos: bool) -> list[np.ndarray]:
-    """Token ids of each text, uint32 [n]; an empty text has none, neither BOS nor EOS.
+    """Returns the token ids of each text, uint32 [n]. An empty text has no tokens, not even BOS or EOS.
 
     Raises:
-      InputError: if BOS or EOS is asked for and the tokenizer has none.
+      InputError: if BOS or EOS is requested and the tokenizer does not have it.
     """
     before, after = special_tokens(tokenizer, "bos", bos), special_tokens(tokenizer, "eos", eos)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a tokenizer.json can ask for either
+    backend.no_truncation()  # a tokenizer.json can enable truncation and padding
     backend.no_padding()
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     ids = (encoding.ids for encoding in encodings)
@@ -62,6 +62,11 @@ def encode(tokenizer: Any, texts: Sequence[str], *, bos: bool, eos: bool) -> lis
 
 
 def special_tokens(tokenizer: Any, name: str, wanted: bool) -> list[int]:
+    """Returns the id of a special token ("bos" or "eos") as a list, which is empty if the token is not wanted.
+
+    Raises:
+      InputError: if the token is wanted and the tokenizer does not have it.
+    """
     token = getattr(tokenizer, f"{name}_token_id") if wanted else None
     if wanted and token is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path} has no {name.upper()} token: use --no-{name}")
@@ -70,25 +75,26 @@ def special_tokens(tokenizer: Any, name: str, wanted: bool) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What stands before a document's text and is given to the model, not predicted: a template with a text in it.
+    """A prompt: text that precedes a document and that the model reads but does not predict.
 
-    Training and evaluation both cut and tokenize prompts here. The words before the prompt's own text, that text and
-    the words after it are tokenized one by one, so that all three are the same wherever the text is cut.
+    A prompt is a template with a text inserted. Both training and evaluation truncate and tokenize prompts with this
+    class. The template before the text, the text, and the template after it are tokenized separately, so that their
+    tokens do not depend on where the text is truncated.
     """
 
     template: str = "{}"
-    """Words with one {} for the text."""
+    """Template with one {}, which is replaced by the text."""
     max_tokens: int | None = None
-    """Tokens of the text that are kept, the first ones; None: all."""
+    """Maximum number of tokens of the text; the rest is cut off. None: no limit."""
 
     def __post_init__(self):
         if self.template.count("{}") != 1:
-            raise InputError(f"the prompt template is {self.template!r}: it must hold {{}} once, where the text goes")
+            raise InputError(f"the prompt template is {self.template!r}: it must contain {{}} once, for the text")
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"{self.max_tokens} tokens are to be kept of a prompt: the number must be positive")
+            raise InputError(f"the number of prompt tokens to keep is {self.max_tokens}: it must be positive")
 
     def encode(self, tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each prompt, uint32 [n], without special tokens."""
+        """Returns the token ids of each prompt, uint32 [n], without special tokens."""
         before, after = encode(tokenizer, self.template.split("{}"), bos=False, eos=False)
         inside = encode(tokenizer, texts, bos=False, eos=False)
         return [np.concatenate([before, text[: self.max_tokens], after]) for text in inside]
@@ -96,16 +102,17 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
-    """What identifies a tokenizer: stores may only be mixed, or trained on, where `vocab_hash` agrees."""
+    """Identity of a tokenizer. Token stores can be mixed, and used with a model, only if `vocab_hash` agrees."""
 
     name: str
+    """Class of the tokenizer."""
     vocab_size: int
-    """Largest token id + 1: rows that an embedding table must have."""
+    """Largest token id + 1: the minimum vocabulary size of a model."""
     vocab_hash: str
     """SHA-256 of the sorted pairs of token and id."""
 
     @classmethod
     def of(cls, name: str, vocab: Mapping[str, int]) -> "TokenizerInfo":
-        """The identity of a tokenizer with this `get_vocab()`."""
+        """Returns the identity of a tokenizer whose `get_vocab()` is `vocab`."""
         canonical = json.dumps(sorted(vocab.items()), separators=(",", ":"))
         return cls(name, max(vocab.values()) + 1, hashlib.sha256(canonical.encode()).hexdigest())

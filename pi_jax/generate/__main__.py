@@ -1,4 +1,4 @@
-"""`python -m pi_jax.generate`: text from a model."""
+"""`python -m pi_jax.generate`: generates text with a model."""
 
 import dataclasses
 import pathlib
@@ -22,7 +22,7 @@ class Generate(ModelOptions):
     """Generate text from a model and print it as it is produced."""
 
     prompt: tuple[str, ...] = ()
-    """Texts to continue; several are continued as one batch."""
+    """Texts to continue; several texts form one batch."""
     prompt_file: str = ""
     """Read one more prompt from this file."""
     chat: bool = False
@@ -30,9 +30,9 @@ class Generate(ModelOptions):
     max_new_tokens: int = 128
     """Maximum number of tokens per continuation."""
     temperature: float = 0.0
-    """0 always takes the most likely token; higher values sample more freely."""
+    """Sampling temperature. 0 always selects the most likely token; higher values give more varied text."""
     top_p: float = 1.0
-    """Sample from the smallest set of most likely tokens that has this probability."""
+    """Sample from the smallest set of most likely tokens whose total probability reaches this value."""
     seed: int = 0
     """Random seed for sampling."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -42,19 +42,19 @@ class Generate(ModelOptions):
 
 
 def generate(args: Generate) -> list[str]:
-    """Runs the command; returns the continuations."""
+    """Runs the command and returns the continuations."""
     cli.require_writable(args.output)
     texts = [*args.prompt, *([_read(args.prompt_file)] if args.prompt_file else [])]
     if not texts:
-        raise InputError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
+        raise InputError("nothing to continue: pass --prompt TEXT or --prompt-file FILE")
     loaded = LoadedModel.open(args.model, rope=args.rope, dtype=args.dtype, mesh=args.mesh)
     source, tokenizer = loaded.source, loaded.tokenizer
     prompts = [_tokens(tokenizer, text, args.chat) for text in texts]
     highest = max((max(p, default=0) for p in prompts), default=0)
     if highest >= source.config.vocab_size:
         raise InputError(
-            f"{source.files}: the tokenizer has token {highest}, the model's vocab_size is {source.config.vocab_size}: "
-            "they do not belong together"
+            f"{source.files}: the tokenizer produced token {highest}, but the model's vocab_size is "
+            f"{source.config.vocab_size}: use the tokenizer of the model"
         )
     generator = loaded.generator(max(map(len, prompts)) + args.max_new_tokens, args.chunk)
     stream = Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
@@ -94,14 +94,14 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
     if not chat:
         return list(tokenizer(text)["input_ids"])
     if not tokenizer.chat_template:
-        raise InputError(f"--chat: {tokenizer.name_or_path} has no chat template")
+        raise InputError(f"--chat is set, but {tokenizer.name_or_path} has no chat template")
     message = [{"role": "user", "content": text}]
     whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
 
     def command():
         args = tyro.cli(Generate, prog="python -m pi_jax.generate", args=argv)

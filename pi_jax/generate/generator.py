@@ -1,12 +1,13 @@
-"""Text from a model: prefill in chunks, then one token at a time over a static KV cache.
+"""Generates text: prefills the prompts in chunks, then decodes one token at a time with a static KV cache.
 
     python -m pi_jax.generate --model PATH --prompt TEXT
 
-A prompt is read in chunks through the attention hot path: only the last token's logits are ever computed, so that a
-prompt of 32k tokens never meets 32k x vocabulary numbers. Prompts of unequal length end together in the cache
-(`pi_jax.generate.kv_cache`), and a sequence's tokens do not depend on what it shares a batch with.
+Prompts are processed in chunks with the attention backends of training. Logits are computed only for the last token,
+so a prompt of 32k tokens never needs 32k x vocabulary logits. Prompts of unequal length are aligned at their ends in
+the cache (`pi_jax.generate.kv_cache`), and the tokens of a sequence do not depend on the other sequences of its batch.
 
-Shapes: B rows, S tokens of a chunk, D hidden, V vocabulary, L layers; a row is a prompt with what is generated for it.
+Shapes: B batch, S tokens in a chunk, D hidden, V vocabulary, L layers. A sequence of the batch is a prompt and its
+continuation.
 """
 
 import functools
@@ -28,11 +29,11 @@ from pi_jax.model import Block, Llama, RMSNorm, parameter_axes
 from pi_jax.parallel import placement, sharding
 
 _SMALLEST = 16
-"""Tokens of the smallest chunk: a prompt's first chunk is a power of two from here on, so that few shapes compile."""
+"""Smallest chunk in tokens. The first chunk is a power of two from this on, so that few shapes compile."""
 
 
 class _Weights(NamedTuple):
-    """A model taken apart for generation: a layer is a tree of its own, so that no step slices a stacked weight."""
+    """The weights of a model for generation. Each layer is a separate pytree, so no step slices a stacked weight."""
 
     embedding: nnx.Param
     layers: list[Block]
@@ -43,25 +44,25 @@ class _Weights(NamedTuple):
 class Generator:
     """Generates continuations of token sequences.
 
-    Compiles once for each number of rows, each chunk length (powers of two up to `chunk`) and each cache length
-    (powers of two times `chunk`), and reuses that in later calls.
+    Compiles once for each batch size, chunk length (powers of two up to `chunk`) and cache length (powers of two times
+    `chunk`), and reuses the compiled programs in later calls.
     """
 
     def __init__(self, model: Llama, mesh: jax.sharding.Mesh, *, max_length: int, chunk: int = 512):
-        """Takes the weights, in the model's compute dtype.
+        """Copies the weights, cast to the model's compute dtype.
 
         Args:
-          model: with parameters on `mesh`.
-          mesh: rows are split over its data, fsdp and context axes, heads over its tensor axis.
-          max_length: tokens of a prompt and its continuation, at most.
-          chunk: tokens of a prompt that are read at once.
+          model: model with its parameters on `mesh`.
+          mesh: sequences are sharded over its data, fsdp and context axes, heads over its tensor axis.
+          max_length: maximum number of tokens of a prompt and its continuation.
+          chunk: prefill chunk size in tokens.
         """
         if max_length < 2 or chunk < 1:
-            raise InputError(f"max_length is {max_length} and chunk is {chunk}: need at least 2 and 1")
+            raise InputError(f"max_length is {max_length} and chunk is {chunk}: they must be at least 2 and 1")
         self.config, self.compute = model.config, model.compute
         self.max_length = max_length
         self.batch_shards = sharding.batch_shards(sharding.for_generation(mesh))
-        """Batches of a multiple of this many prompts leave no device idle."""
+        """Number of shards of the batch. Batches of a multiple of this many prompts leave no device idle."""
         self._chunk = chunk
         self._mesh = sharding.for_generation(mesh)
         with jax.set_mesh(self._mesh):
@@ -81,44 +82,44 @@ class Generator:
         """Continues each prompt until a stop token or `max_new_tokens`.
 
         Args:
-          prompts: token ids; lengths may differ.
-          max_new_tokens: of each continuation.
-          stop_tokens: end a continuation; not part of it.
-          temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
-          top_p: draw from the smallest set of likeliest tokens that has this probability.
-          seed: of the draws.
-          on_token: called with (index of the prompt, token) as each token comes.
+          prompts: token ids of each prompt; lengths may differ.
+          max_new_tokens: maximum number of tokens of each continuation.
+          stop_tokens: tokens that end a continuation; they are not part of it.
+          temperature: 0 selects the most likely token; otherwise logits are divided by it and a token is sampled.
+          top_p: sample from the smallest set of most likely tokens whose total probability reaches this value.
+          seed: random seed for sampling.
+          on_token: called with (index of the prompt, token) for each new token.
 
         Returns:
           The new tokens of each prompt.
 
         Raises:
-          InputError: for an empty prompt, a token that the model has not, or a length beyond `max_length`.
+          InputError: if a prompt is empty, contains a token outside the vocabulary, or is too long for `max_length`.
         """
         self._check(prompts, max_new_tokens, temperature, top_p)
         if not prompts:
             return []
-        rows = -(-len(prompts) // self.batch_shards) * self.batch_shards
-        filled = [list(p) for p in prompts] + [[0]] * (rows - len(prompts))  # rows that only fill the mesh
+        batch = -(-len(prompts) // self.batch_shards) * self.batch_shards
+        filled = [list(p) for p in prompts] + [[0]] * (batch - len(prompts))  # pad the batch to fill the mesh
         stop_tokens = frozenset(stop_tokens)
         new: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
         with jax.set_mesh(self._mesh), jax.default_matmul_precision("float32"):
-            draw = (jax.random.key(seed), jnp.float32(temperature or 1.0), jnp.float32(top_p))
-            tokens_B, state = self._prefill(filled, max_new_tokens, draw, temperature > 0)
+            sampler = (jax.random.key(seed), jnp.float32(temperature or 1.0), jnp.float32(top_p))
+            tokens_B, state = self._prefill(filled, max_new_tokens, sampler, temperature > 0)
             for step in range(max_new_tokens):
                 ahead = None
-                if step + 1 < max_new_tokens:  # begun before this one is read, so that the device never waits
-                    ahead = _decode(self._weights, self.config, tokens_B, state, draw, temperature > 0)
-                for row, token in enumerate(placement.fetch(tokens_B)[: len(prompts)].tolist()):
-                    if row not in going:
+                if step + 1 < max_new_tokens:  # dispatch the next step before reading this one: the device never waits
+                    ahead = _decode(self._weights, self.config, tokens_B, state, sampler, temperature > 0)
+                for index, token in enumerate(placement.fetch(tokens_B)[: len(prompts)].tolist()):
+                    if index not in going:
                         continue
                     if token in stop_tokens:
-                        going.remove(row)
+                        going.remove(index)
                         continue
-                    new[row].append(token)
+                    new[index].append(token)
                     if on_token:
-                        on_token(row, token)
+                        on_token(index, token)
                 if not going or ahead is None:
                     break
                 tokens_B, state = ahead
@@ -130,22 +131,23 @@ class Generator:
         if temperature < 0:
             raise InputError(f"temperature is {temperature}: it must be 0 or more")
         if not 0 < top_p <= 1:
-            raise InputError(f"top_p is {top_p}: it must be above 0 and at most 1")
+            raise InputError(f"top_p is {top_p}: it must be greater than 0 and at most 1")
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise InputError(f"prompt {i} is empty: it needs at least one token")
             if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
                 raise InputError(
-                    f"prompt {i} has token {max(prompt, key=abs)}, the model's vocab_size is {self.config.vocab_size}"
+                    f"prompt {i} has token {max(prompt, key=abs)}: tokens must be 0 or more and less than vocab_size, "
+                    f"{self.config.vocab_size}"
                 )
             if len(prompt) + max_new_tokens > self.max_length:
                 raise InputError(
-                    f"prompt {i} has {len(prompt)} tokens, with {max_new_tokens} new ones that is more than "
-                    f"max_length, {self.max_length}"
+                    f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new tokens it exceeds max_length, "
+                    f"{self.max_length}"
                 )
 
-    def _prefill(self, prompts, max_new_tokens, draw, sample):
-        """Reads all prompts; the first new token of each row, and the state to go on from."""
+    def _prefill(self, prompts, max_new_tokens, sampler, sample):
+        """Processes all prompts; returns the first new token of each sequence and the state for decoding."""
         lengths = np.array([len(p) for p in prompts])
         longest = int(lengths.max())
         chunks = [self._chunk] * ((longest - 1) // self._chunk)
@@ -170,20 +172,20 @@ class Generator:
             for i, layer in enumerate(self._weights.layers):
                 x_BSD, caches[i] = _block(layer, caches[i], x_BSD, cos_sin, *place[:2])
             slot += size
-        tokens_B = _choose(self._weights.norm, self._weights.head, x_BSD, draw, jnp.int32(0), sample)
+        tokens_B = _choose(self._weights.norm, self._weights.head, x_BSD, sampler, jnp.int32(0), sample)
         return tokens_B, _State(caches, jnp.int32(total), start_B, jnp.int32(1))
 
 
 class _State(NamedTuple):
-    """Where a generation is: what a step changes."""
+    """State of a generation, which each decoding step updates."""
 
     caches: list[kv_cache.LayerCache]
     slot: Int[Array, ""]
     """Cache slot of the next token."""
     start_B: Int[Array, " B"]
-    """First slot of each row."""
+    """First slot of each sequence."""
     count: Int[Array, ""]
-    """Tokens drawn so far."""
+    """Number of tokens generated so far."""
 
 
 @jax.jit
@@ -196,7 +198,10 @@ def _unstack_layers(model: Llama) -> _Weights:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _embed(embedding, config, tokens_BS, slot, start_B, length):
-    """Embeddings of new tokens, and the phases of their positions; `length` is that of the longest row."""
+    """Returns the embeddings of new tokens and the cos and sin of their positions.
+
+    `length` is the length of the longest sequence.
+    """
     positions_BS = jnp.maximum(slot + jnp.arange(tokens_BS.shape[1]) - start_B[:, None], 0)
     cos_sin_BSR = rope.cos_sin(positions_BS, config.head_dim, config.rope, length)
     return sharding.take(sharding.gather(embedding[...], embedding.axes), tokens_BS), cos_sin_BSR
@@ -204,7 +209,7 @@ def _embed(embedding, config, tokens_BS, slot, start_B, length):
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _block(layer, kept, x_BSD, cos_sin_BSR, slot, start_B):
-    """One layer for new tokens: all layers are one compiled program."""
+    """Applies one layer to new tokens. All layers share one compiled program."""
 
     def attend(q_BSNH, k_BSKH, v_BSKH):
         nonlocal kept
@@ -215,8 +220,8 @@ def _block(layer, kept, x_BSD, cos_sin_BSR, slot, start_B):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=3)
-def _decode(weights: _Weights, config, tokens_B, state: _State, draw, sample):
-    """One step: the token after `tokens_B` in each row."""
+def _decode(weights: _Weights, config, tokens_B, state: _State, sampler, sample):
+    """Runs one decoding step; returns the token after `tokens_B` in each sequence, and the new state."""
     caches, slot, start_B, count = state
     length = slot + 1 - jnp.min(start_B)
     x_BSD, cos_sin_BSR = _embed(weights.embedding, config, tokens_B[:, None], slot, start_B, length)
@@ -224,18 +229,18 @@ def _decode(weights: _Weights, config, tokens_B, state: _State, draw, sample):
     for layer, kept in zip(weights.layers, caches, strict=True):
         x_BSD, kept = _block(layer, kept, x_BSD, cos_sin_BSR, slot, start_B)
         new.append(kept)
-    chosen = _choose(weights.norm, weights.head, x_BSD, draw, count, sample)
+    chosen = _choose(weights.norm, weights.head, x_BSD, sampler, count, sample)
     return chosen, _State(new, slot + 1, start_B, count + 1)
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def _choose(norm: RMSNorm, head: nnx.Param, x_BSD, draw, count, sample) -> Int[Array, " B"]:
-    """A token for each row, from its last hidden state."""
+def _choose(norm: RMSNorm, head: nnx.Param, x_BSD, sampler, count, sample) -> Int[Array, " B"]:
+    """Selects or samples a token for each sequence from its last hidden state."""
     logits_BV = _last_logits(norm, head, x_BSD)
     if not sample:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    key, temperature, top_p = draw
-    return sampling.draw(jax.random.fold_in(key, count), logits_BV, temperature, top_p)
+    key, temperature, top_p = sampler
+    return sampling.sample(jax.random.fold_in(key, count), logits_BV, temperature, top_p)
 
 
 def _last_logits(norm: RMSNorm, head: nnx.Param, x_BSD) -> Float[Array, "B V"]:
@@ -246,10 +251,10 @@ def _last_logits(norm: RMSNorm, head: nnx.Param, x_BSD) -> Float[Array, "B V"]:
 
 
 def require_mesh(mesh: jax.sharding.Mesh, config: ModelConfig) -> None:
-    """Checks, before weights are read, that the model divides over the mesh.
+    """Checks that the sizes of the model are divisible by those of the mesh, before weights are loaded.
 
     Raises:
-      InputError: naming the size and the devices.
+      InputError: if not; the message names the size and the number of devices.
     """
     sizes = {
         "hidden_size": (config.hidden_size, "embed"),
@@ -262,17 +267,17 @@ def require_mesh(mesh: jax.sharding.Mesh, config: ModelConfig) -> None:
 
 
 def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """What ends a text: the model's end tokens and the tokenizer's."""
+    """Returns the tokens that end a text: those of the model's config and of the tokenizer."""
     eos = config.eos_token_id
     found = {*(eos if isinstance(eos, tuple) else (eos,)), tokenizer.eos_token_id}
     return tuple(sorted(found - {None}))
 
 
 def warn_beyond_window(config: ModelConfig, length: int) -> None:
-    """Says so on stderr if a length is beyond the window that the model is scaled to."""
+    """Prints a warning on stderr if a length exceeds the window of the model."""
     if length > config.max_position_embeddings and jax.process_index() == 0:
         print(
-            f"warning: a length of {length} tokens is beyond the {config.max_position_embeddings} that the model is "
-            f"scaled to ({config.rope})",
+            f"warning: a length of {length} tokens exceeds the window of the model, {config.max_position_embeddings} "
+            f"tokens ({config.rope})",
             file=sys.stderr,
         )

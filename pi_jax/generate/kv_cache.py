@@ -1,10 +1,10 @@
-"""The key/value cache of generation: static shapes, a slot a token, one pair of arrays a layer.
+"""The key/value cache for generation: static shapes, one slot per token, one pair of arrays per layer.
 
-A row's tokens lie in consecutive slots, in order. Rows of unequal length end in the same slot, so that one slot index
-serves all of them: the shorter ones begin later, and what lies before a row's beginning is no part of it. Keys are kept
-as they were rotated (docs/rope.md). Only K/V heads are stored: grouped queries share them.
+The tokens of a sequence occupy consecutive slots, in order. Sequences of unequal length end in the same slot, so that
+one slot index serves all of them: shorter sequences start later, and the slots before their start are masked. Keys are
+stored after rotation (docs/rope.md). Only K/V heads are stored, which the queries of a group share.
 
-Shapes: B rows, T slots, S new tokens, N query heads, K key/value heads, G = N/K, H head size.
+Shapes: B batch, T slots, S new tokens, N query heads, K key/value heads, G = N/K, H head size.
 """
 
 import functools
@@ -28,7 +28,7 @@ class LayerCache(NamedTuple):
 
 
 def empty(mesh: jax.sharding.Mesh, shape: tuple[int, int, int, int], dtype: str) -> LayerCache:
-    """Zeros of [rows, slots, K/V heads, head size]: rows and heads split over the mesh."""
+    """Returns a cache of zeros of shape [batch, slots, K/V heads, head size], sharded by batch and heads."""
     return LayerCache(*(jnp.zeros(shape, dtype, device=sharding.named(mesh, _AXES)) for _ in range(2)))
 
 
@@ -41,16 +41,19 @@ def extend(
     start_B: Int[Array, " B"],
     implementation: str,
 ) -> tuple[Float[Array, "B S N H"], LayerCache]:
-    """Attention of new tokens to themselves and all before them, and the cache with them in it.
+    """Adds new tokens to the cache and computes their attention to themselves and all tokens before them.
 
     Args:
-      cache: what came before.
+      cache: keys and values of the tokens before.
       q_BSNH: queries of the new tokens.
-      k_BSKH: their keys.
-      v_BSKH: their values.
-      slot: of the first of them.
-      start_B: first slot of each row.
-      implementation: backend for several tokens; a single one needs products of a matrix and a vector only.
+      k_BSKH: keys of the new tokens.
+      v_BSKH: values of the new tokens.
+      slot: slot of the first new token.
+      start_B: first slot of each sequence.
+      implementation: attention backend for several tokens. A single token only needs matrix-vector products.
+
+    Returns:
+      The result of the attention, and the extended cache.
     """
 
     def local(q, k, v, k_cache, v_cache, slot, start):
@@ -69,7 +72,7 @@ def extend(
 
 
 def _attend_many(q_BSNH, k_BTKH, v_BTKH, slot, start_B, implementation):
-    """The hot path: slots after a query's own are out of its sight by position, those before its row by segment."""
+    """Uses the attention backends. Positions mask the slots after a query; segments mask those before its sequence."""
     B, S = q_BSNH.shape[:2]
     queries_BS = jnp.broadcast_to(slot + jnp.arange(S), (B, S))
     keys_BT = jnp.broadcast_to(jnp.arange(k_BTKH.shape[1]), (B, k_BTKH.shape[1]))

@@ -1,10 +1,10 @@
-"""A text on the console while its tokens come."""
+"""Prints generated text on the console token by token."""
 
 from typing import Any
 
 
 class Stream:
-    """Prints a text as its tokens come: a character of several tokens when it is whole."""
+    """Prints a text while its tokens are generated. A character of several tokens is printed once it is complete."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer, self._tokens, self._shown = tokenizer, [], ""
@@ -16,7 +16,7 @@ class Stream:
             self._show(text)
 
     def close(self) -> None:
-        """Shows what is left, and ends the line."""
+        """Prints the remaining text and ends the line."""
         self._show(self._tokenizer.decode(self._tokens))
         print()
 

@@ -1,17 +1,18 @@
-"""Rotary position embedding and its scaling kinds: the paper's contribution is `Linear`.
+"""Rotary position embedding (RoPE) and its scaling kinds. Position Interpolation is `Linear`.
 
-Position Interpolation (Chen et al. 2023, arXiv 2306.15595, Eq. 4) replaces position m by m / factor, so that
-`factor` times the pre-trained window falls into the range of phases the model has seen. Here, as in Hugging Face
-transformers, the factor divides the inverse frequencies; the two are the same function.
+Position Interpolation (Chen et al. 2023, arXiv 2306.15595, Eq. 4) replaces position m by m / factor, so that `factor`
+times the pre-trained window maps to the range of phases that the model has seen. Here, as in Hugging Face transformers,
+the inverse frequencies are divided by the factor instead, which gives the same function.
 
-Everything is float32, in transformers' order of operations: `position * (inv_freq / factor)`, then cos and sin, then
-the rotation, and only the rotated result is rounded to the activation dtype. A position or an inverse frequency in
-bfloat16 is wrong by the whole range at 32k: bfloat16 keeps 1,153 of the first 32,768 integers apart.
+All computation is in float32, in transformers' order of operations: `position * (inv_freq / factor)`, then cos and sin,
+then the rotation. Only the rotated result is rounded to the activation dtype. Positions in bfloat16 would be useless at
+32k: bfloat16 distinguishes only 1,153 of the first 32,768 integers.
 
-Layout: half-split. Channel i is rotated together with channel i + H/2, as in Hugging Face weights. Meta's weights pair
-2i with 2i + 1 and are permuted at import.
+The layout is half-split: channel i is rotated together with channel i + H/2, as in Hugging Face weights. Meta's weights
+pair 2i with 2i + 1 and are permuted on import.
 
-`kinds` says how fast each channel pair turns, `rotation` turns queries and keys, `hf` reads and writes `config.json`.
+`scaling` defines the frequency of each channel pair, `rotary` rotates queries and keys, and `hf_config` reads and
+writes `config.json`.
 """
 
 from pi_jax.rope.hf_config import KINDS, from_hf, to_hf, window_from_hf, window_to_hf

@@ -1,6 +1,6 @@
-"""RoPE in Hugging Face's `config.json`: kind, theta and windows, in the layouts of transformers 4 and 5.
+"""Reads and writes RoPE in Hugging Face's `config.json`: kind, theta and windows, as in transformers 4 and 5.
 
-Reading never guesses: what two readers would understand differently is refused, with the name of the key.
+Ambiguous values, which two readers could interpret differently, are errors that name the key.
 """
 
 import dataclasses
@@ -10,23 +10,23 @@ from pi_jax.errors import InputError
 from pi_jax.rope.scaling import Default, Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
 
 KINDS: dict[str, type] = {cls.kind: cls for cls in (Default, Linear, Dynamic, Yarn, Llama3, LongRope)}
-"""`rope_type` -> class. Kind 'ntk' is plain RoPE with another theta and has no name of its own in a file."""
+"""`rope_type` -> class. Kind 'ntk' is plain RoPE with another theta, so it has no `rope_type`."""
 
 _ORIGINAL = "original_max_position_embeddings"
 _WINDOW = "max_position_embeddings"
 _DEFAULT_THETA = 10000.0
-_DEFAULT_WINDOW = 2048  # of transformers' LlamaConfig, as theta
+_DEFAULT_WINDOW = 2048  # both are the defaults of transformers' LlamaConfig
 
 
 def from_hf(config: dict[str, Any]) -> Scaling:
-    """The scaling that a Hugging Face `config.json` describes, in either of its two layouts.
+    """Returns the scaling that a Hugging Face `config.json` describes, in either of its two layouts.
 
-    transformers 4 writes `rope_theta` and `rope_scaling` (kind under `rope_type` or `type`); transformers 5 writes
-    `rope_parameters`, with theta inside. A missing theta is 10000, as in transformers. A missing original window is an
-    error, where transformers silently takes `max_position_embeddings`.
+    transformers 4 writes `rope_theta` and `rope_scaling` (with the kind under `rope_type` or `type`); transformers 5
+    writes `rope_parameters`, which includes theta. A missing theta means 10000, as in transformers. A missing original
+    window is an error, whereas transformers silently uses `max_position_embeddings`.
 
     Raises:
-      InputError: for an unknown kind, a missing or bad value, or two places that disagree.
+      InputError: if the kind is unknown, a value is missing or invalid, or two keys contradict each other.
     """
     found = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -37,7 +37,7 @@ def from_hf(config: dict[str, Any]) -> Scaling:
             found[key] = _from_section(key, section, config)
     if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
         raise InputError(
-            f"rope_parameters says {found['rope_parameters']} but rope_scaling says {found['rope_scaling']}: "
+            f"rope_parameters is {found['rope_parameters']}, but rope_scaling is {found['rope_scaling']}: "
             "remove the one that is wrong"
         )
     for scaling in found.values():
@@ -46,15 +46,15 @@ def from_hf(config: dict[str, Any]) -> Scaling:
 
 
 def _first(*values: Any) -> Any:
-    """The first value that is not null."""
+    """Returns the first value that is not None, or None."""
     return next((value for value in values if value is not None), None)
 
 
 def _agreed(key: str, name: str, section: dict[str, Any], config: dict[str, Any]) -> Any:
-    """A value that stands in the section, beside it, or in both with the same content."""
+    """Returns a value from the section or the top level of the config. If both have it, they must agree."""
     inside, beside = section.get(name), config.get(name)
     if inside is not None and beside is not None and inside != beside:
-        raise InputError(f"{name} is {beside!r} but {key} has {inside!r}: remove the one that is wrong")
+        raise InputError(f"{name} is {beside!r}, but {key} has {inside!r}: remove the one that is wrong")
     return _first(inside, beside)
 
 
@@ -64,11 +64,11 @@ def _from_section(key: str, section: dict[str, Any], config: dict[str, Any]) -> 
     if not names and set(section) == {"rope_theta"}:
         names = ["default"]
     if not names or names[0] != names[-1]:
-        # A factor without a kind is how other exporters lost their scaling silently: never guess.
+        # Never guess the kind: a reader that ignores a factor without a kind silently loses the scaling.
         raise InputError(f"{key} is {section}: it must name one kind under 'rope_type' (or 'type')")
     kind = names[0]
     if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{key} has rope_type {kind!r}: known kinds are {', '.join(KINDS)}")
+        raise InputError(f"{key} has rope_type {kind!r}: it must be one of {', '.join(KINDS)}")
     if _first(section.get("partial_rotary_factor"), 1.0) != 1.0:
         raise InputError(f"{key} has partial_rotary_factor {section['partial_rotary_factor']!r}: only 1.0 is supported")
     fields = {field.name: field for field in dataclasses.fields(KINDS[kind])}
@@ -78,7 +78,7 @@ def _from_section(key: str, section: dict[str, Any], config: dict[str, Any]) -> 
     elif _ORIGINAL in fields:
         values[_ORIGINAL] = _agreed(key, _ORIGINAL, section, config)
         if kind == "longrope" and isinstance(values[_ORIGINAL], int) and "factor" not in values:
-            values["factor"] = config.get(_WINDOW, _DEFAULT_WINDOW) / values[_ORIGINAL]  # as transformers
+            values["factor"] = config.get(_WINDOW, _DEFAULT_WINDOW) / values[_ORIGINAL]  # as in transformers
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING or name == "factor"
         if required and values.get(name) is None:
@@ -87,11 +87,11 @@ def _from_section(key: str, section: dict[str, Any], config: dict[str, Any]) -> 
 
 
 def to_hf(scaling: Scaling, layout: Literal["v4", "v5"] = "v4") -> dict[str, Any]:
-    """The keys of `config.json` for a scaling; `window_to_hf` has those for the windows.
+    """Returns the keys of `config.json` for a scaling; `window_to_hf` returns those for the windows.
 
-    Layout "v4" is what every reader of today takes (transformers 4 and 5, vLLM, SGLang, llama.cpp); "v5" is what
-    transformers 5 itself writes, which transformers 4 reads as *unscaled without a word*. The factor is always a
-    float: vLLM refuses an integer. Values that are the default of their kind are left out.
+    Layout "v4" is understood by transformers 4 and 5, vLLM, SGLang and llama.cpp. Layout "v5" is what transformers 5
+    itself writes; transformers 4 silently reads it as *unscaled*. The factor is always a float, because vLLM rejects an
+    integer. Values that equal the default of their kind are omitted.
     """
     section: dict[str, Any] = {"rope_type": scaling.kind}
     for field in dataclasses.fields(scaling):
@@ -107,10 +107,10 @@ def to_hf(scaling: Scaling, layout: Literal["v4", "v5"] = "v4") -> dict[str, Any
 
 
 def window_from_hf(config: dict[str, Any], scaling: Scaling) -> tuple[int, int | None]:
-    """The window in tokens that a `config.json` stands for, and the one before its extension (None: never extended)."""
+    """Returns the window of a `config.json` in tokens, and the window before its extension (None: never extended)."""
     window = config.get(_WINDOW, _DEFAULT_WINDOW)
     if scaling.kind == "linear":
-        # Which of the two is the longer one differs between published models.
+        # Published models differ in which of the two keys contains the longer window.
         window, original = sorted((window, config.get("max_sequence_length") or window), reverse=True)
     elif scaling.kind == "default":
         original = config.get(_ORIGINAL)
@@ -122,12 +122,13 @@ def window_from_hf(config: dict[str, Any], scaling: Scaling) -> tuple[int, int |
 
 
 def window_to_hf(scaling: Scaling, window: int, original: int | None) -> dict[str, int]:
-    """The keys of `config.json` for the windows, so that every reader derives the same length.
+    """Returns the keys of `config.json` for the windows, so that all readers derive the same length.
 
-    `max_position_embeddings` is the extended window, which transformers and llama.cpp want. Beside 'linear',
-    `max_sequence_length` is the original one, which vLLM and SGLang multiply by the factor. Readers of 'dynamic'
-    compute with `max_position_embeddings` as the original window. The other kinds hold it themselves; transformers 4
-    wants that of 'longrope' outside, and that of a changed theta is for our own use.
+    `max_position_embeddings` is the extended window, as transformers and llama.cpp expect. With 'linear',
+    `max_sequence_length` is the original window, which vLLM and SGLang multiply by the factor. With 'dynamic', readers
+    expect the original window in `max_position_embeddings`. The other kinds contain the original window themselves,
+    except that transformers 4 expects it at the top level for 'longrope'. With 'default', the original window is
+    written only for pi_jax itself, for models that were extended by a larger theta.
     """
     if scaling.kind == "dynamic":
         return {_WINDOW: scaling.original_max_position_embeddings}

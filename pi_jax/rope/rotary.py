@@ -1,4 +1,4 @@
-"""Turning queries and keys by their positions.
+"""Rotates queries and keys by their positions.
 
 Shapes: B batch, S sequence, N heads, H head size, R = H/2 rotated pairs.
 """
@@ -12,24 +12,24 @@ from pi_jax.rope.scaling import Length, Scaling
 def cos_sin(
     positions_BS: Num[Array, "B S"], head_dim: int, scaling: Scaling, length: Length = None
 ) -> tuple[Float[Array, "B S R"], Float[Array, "B S R"]]:
-    """cos and sin of every position and rotated pair, float32.
+    """Returns cos and sin of each position and rotated pair, float32.
 
-    Two kinds, `Dynamic` and `LongRope`, turn at a speed that depends on the length of the sequence. As in transformers
-    it is the largest position of the call plus one, over the whole batch, padding included. With a KV cache this has a
-    consequence, which transformers shares and servers rely on: cached keys were rotated when they came in and keep
-    those phases, so that in a decoding that crosses into a new length old keys and new queries turn at different
-    speeds, and logits differ from one pass over the whole text. The other kinds do not have this problem.
+    The frequencies of `Dynamic` and `LongRope` depend on the length of the sequence. As in transformers, the length is
+    the largest position of the call plus one, over the whole batch, including padding. This matters with a KV cache:
+    cached keys keep the phases with which they were rotated, so when the length grows during decoding, old keys and new
+    queries have different frequencies, and logits differ from those of one pass over the complete text. transformers
+    has the same property, and servers rely on it. The other kinds are not affected.
 
     Args:
       positions_BS: RoPE positions before interpolation; integers or fractions.
       head_dim: H.
       scaling: how the phases are scaled.
-      length: tokens in the sequence, an integer or a traced scalar, where it is not the largest position plus one.
+      length: length of the sequence in tokens, an integer or a traced scalar; None: the largest position plus one.
     """
     if length is None:
         length = jnp.max(positions_BS) + 1
     inv_freq_R = jnp.asarray(scaling.inverse_frequencies(head_dim, length))
-    # A broadcast multiply, never a dot: a float32 dot is TF32 on NVIDIA and bfloat16 on TPU by default.
+    # Use a broadcast multiply instead of a dot: by default, a float32 dot is TF32 on NVIDIA and bfloat16 on TPU.
     angles_BSR = positions_BS.astype(jnp.float32)[..., None] * inv_freq_R
     return jnp.cos(angles_BSR) * scaling.attention_scaling, jnp.sin(angles_BSR) * scaling.attention_scaling
 
@@ -47,5 +47,5 @@ def apply_rotary(
 def rotate(
     x_BSNH: Float[Array, "B S N H"], positions_BS: Num[Array, "B S"], scaling: Scaling
 ) -> Float[Array, "B S N H"]:
-    """Queries or keys turned by their (interpolated) positions. A model with many layers calls `cos_sin` once."""
+    """Rotates queries or keys by their (interpolated) positions. A model calls `cos_sin` once for all its layers."""
     return apply_rotary(x_BSNH, *cos_sin(positions_BS, x_BSNH.shape[-1], scaling))

@@ -1,6 +1,6 @@
-"""The scaling kinds: small frozen dataclasses whose fields are named as in Hugging Face's `config.json`.
+"""The RoPE scaling kinds: frozen dataclasses with the field names of Hugging Face's `config.json`.
 
-Arithmetic is float32 in transformers' order, so that results agree to the last bit (see `tests/test_rope.py`).
+Arithmetic is float32 in transformers' order of operations, so that results are bit-identical (`tests/test_rope.py`).
 """
 
 import dataclasses
@@ -14,24 +14,24 @@ import numpy as np
 from pi_jax.errors import InputError
 
 Length: TypeAlias = int | jax.Array | None
-"""Tokens in a sequence; may be traced. None: within the pre-trained window."""
+"""Sequence length in tokens; may be traced. None: within the pre-trained window."""
 
 _F32 = np.float32
 
 
 @runtime_checkable
 class Scaling(Protocol):
-    """What a scaling kind provides. Another kind is one frozen dataclass and one entry in `hf.KINDS`."""
+    """Interface of a scaling kind. To add a kind, add a frozen dataclass and an entry in `hf_config.KINDS`."""
 
     kind: ClassVar[str]
     theta: float
 
     def inverse_frequencies(self, head_dim: int, length: Length = None) -> np.ndarray | jax.Array:
-        """Radians per position of each rotated pair, float32 of shape [head_dim / 2]."""
+        """Returns the radians per position of each rotated pair, float32 of shape [head_dim / 2]."""
 
     @property
     def attention_scaling(self) -> float:
-        """Multiplies cos and sin (YaRN's temperature); 1 for the kinds that do not use it."""
+        """Factor by which cos and sin are multiplied (YaRN's temperature); 1 for kinds that do not use it."""
 
 
 def _checked(name: str, value: Any, at_least: float = 0.0) -> float:
@@ -43,7 +43,7 @@ def _checked(name: str, value: Any, at_least: float = 0.0) -> float:
 
 
 def _check(scaling: Any) -> None:
-    """Checks every field of a scaling and makes floats of its numbers."""
+    """Checks each field of a scaling and converts its numbers to floats."""
     for field in dataclasses.fields(scaling):
         name, value = field.name, getattr(scaling, field.name)
         if value is None and field.default is None:
@@ -65,14 +65,14 @@ def _check(scaling: Any) -> None:
 
 def _exponents(head_dim: int) -> np.ndarray:
     if head_dim < 2 or head_dim % 2:
-        raise InputError(f"head_dim is {head_dim}: rotary embedding needs a positive even head size")
+        raise InputError(f"head_dim is {head_dim}: it must be positive and even for rotary embedding")
     return np.arange(0, head_dim, 2, dtype=_F32) / _F32(head_dim)
 
 
 def _powers(theta: float, head_dim: int) -> np.ndarray:
-    """theta^(2j/H) in float64, for a float32 theta and float32 exponents."""
-    # transformers computes this with torch's float32 power, which is all but correctly rounded; NumPy's float32
-    # power is not (up to 14 of 64 frequencies differ in the last bit), hence the detour through float64.
+    """Returns theta^(2j/H) in float64, for a float32 theta and float32 exponents."""
+    # transformers computes this with torch's float32 power, which is almost always correctly rounded. NumPy's float32
+    # power is not (up to 14 of 64 frequencies differ in the last bit), so this uses float64.
     return np.float64(_F32(theta)) ** _exponents(head_dim).astype(np.float64)
 
 
@@ -81,7 +81,7 @@ def _plain_frequencies(theta: float, head_dim: int) -> np.ndarray:
 
 
 class _Checked:
-    """Common to all kinds: fields are checked when they are set; no temperature."""
+    """Base class of all kinds: checks the fields; no temperature."""
 
     attention_scaling: ClassVar[float] = 1.0
 
@@ -117,22 +117,22 @@ class Linear(_Checked):
 def ntk(theta: float, factor: float, head_dim: int) -> Default:
     """'NTK-aware' scaling: a larger base, theta * factor^(H / (H - 2)), which slows the slowest pair by `factor`.
 
-    The result is plain RoPE with another theta, and that is what `config.json` says of it.
+    The result is plain RoPE with another theta and is written to `config.json` as such.
     """
     theta, factor = _checked("theta", theta, 1.0), _checked("factor", factor, 1.0)
     if len(_exponents(head_dim)) < 2:
-        raise InputError(f"head_dim is {head_dim}: kind 'ntk' needs at least 4")
+        raise InputError(f"head_dim is {head_dim}: it must be at least 4 for kind 'ntk'")
     return Default(theta * factor ** (head_dim / (head_dim - 2)))
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dynamic(_Checked):
-    """transformers' "dynamic": the base grows with the length of the sequence, from the pre-trained window on.
+    """The "dynamic" kind of transformers: beyond the pre-trained window, the base grows with the sequence length.
 
-    theta' = theta * (factor * length / original - (factor - 1))^(H / (H - 2)). For models used beyond their window
-    without fine-tuning. transformers keeps the largest length a module has met until a shorter sequence than the
-    pre-trained window comes; here a call depends on its own length only.
+    theta' = theta * (factor * length / original - (factor - 1))^(H / (H - 2)). It is meant for models that are used
+    beyond their window without fine-tuning. In transformers, a module keeps the largest length it has seen until a
+    sequence is shorter than the pre-trained window; here the result of a call depends only on its own length.
     """
 
     theta: float = 10000.0
@@ -144,8 +144,8 @@ class Dynamic(_Checked):
         original = self.original_max_position_embeddings
         length = jnp.maximum(original if length is None else length, original).astype(jnp.float32)
         growth = self.factor * length / original - (self.factor - 1)
-        # Powers in float64, rounded where transformers rounds: what is left is that torch's float32 power is not always
-        # correctly rounded. This is one small vector, so float64 costs nothing even where it is emulated.
+        # Compute powers in float64 and round where transformers rounds. The only remaining difference is that torch's
+        # float32 power is not always correctly rounded. On this small vector, even emulated float64 costs nothing.
         with jax.enable_x64(True):
             grown = self.theta * (growth.astype(jnp.float64) ** (head_dim / max(head_dim - 2, 1))).astype(jnp.float32)
             powers = grown.astype(jnp.float64) ** _exponents(head_dim).astype(np.float64)
@@ -155,11 +155,12 @@ class Dynamic(_Checked):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn(_Checked):
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs as they were, slow ones interpolated, a ramp between.
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): interpolates slow pairs, keeps fast ones, and blends between them.
 
-    A pair that turns more than `beta_fast` times within the original window is left alone, one that turns less than
-    `beta_slow` times is divided by `factor`. cos and sin grow by `attention_factor`; None: 0.1 ln(factor) + 1, or the
-    ratio of two such terms where `mscale` and `mscale_all_dim` are given (DeepSeek).
+    The frequency of a pair that rotates more than `beta_fast` times within the original window is unchanged; that of a
+    pair that rotates less than `beta_slow` times is divided by `factor`. cos and sin are multiplied by
+    `attention_factor`; None means 0.1 ln(factor) + 1, or the ratio of two such terms if `mscale` and `mscale_all_dim`
+    are given (DeepSeek).
     """
 
     theta: float = 10000.0
@@ -178,7 +179,7 @@ class Yarn(_Checked):
         if self.beta_fast < self.beta_slow:
             raise InputError(f"rope beta_fast is {self.beta_fast}: it must be >= beta_slow, {self.beta_slow}")
         if self.theta == 1:
-            raise InputError("rope theta is 1.0: kind 'yarn' needs one above 1")
+            raise InputError("rope theta is 1.0: it must be greater than 1 for kind 'yarn'")
 
     @property
     def attention_scaling(self) -> float:
@@ -192,7 +193,7 @@ class Yarn(_Checked):
         return 0.1 * weight * math.log(self.factor) + 1.0
 
     def _turning_pair(self, turns: float, head_dim: int) -> float:
-        """The (fractional) pair that turns this often within the original window."""
+        """Returns the (fractional) index of the pair that rotates this many times within the original window."""
         wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
 
@@ -202,7 +203,7 @@ class Yarn(_Checked):
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
         if first == last:
-            last += 0.001  # as transformers: no division by zero
+            last += 0.001  # avoids a division by zero, as in transformers
         pairs = np.arange(head_dim // 2, dtype=_F32)
         kept = 1 - np.clip((pairs - _F32(first)) / _F32(last - first), 0, 1)
         powers = _powers(self.theta, head_dim).astype(_F32)
@@ -212,8 +213,8 @@ class Yarn(_Checked):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3(_Checked):
-    """Llama 3.1's: wavelengths beyond original / low_freq_factor are interpolated, those below original /
-    high_freq_factor left alone, the frequencies between blended."""
+    """The scaling of Llama 3.1: pairs with wavelengths above original / low_freq_factor are interpolated, those with
+    wavelengths below original / high_freq_factor are unchanged, and the frequencies between are blended."""
 
     theta: float = 10000.0
     factor: float
@@ -231,7 +232,7 @@ class Llama3(_Checked):
     def inverse_frequencies(self, head_dim: int, length: Length = None) -> np.ndarray:
         original, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
         plain, factor = _plain_frequencies(self.theta, head_dim), _F32(self.factor)
-        # torch divides a number by a tensor as number * (1 / tensor), which rounds twice.
+        # torch computes number / tensor as number * (1 / tensor), which rounds twice; this does the same.
         wavelengths = _F32(2 * math.pi) * (1 / plain)
         kept = (_F32(original) * (1 / wavelengths) - _F32(low)) / _F32(high - low)
         blended = (1 - kept) * plain / factor + kept * plain
@@ -242,9 +243,11 @@ class Llama3(_Checked):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRope(_Checked):
-    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor a pair, from one list within the original window and
-    from another for sequences beyond it. cos and sin grow by `attention_factor`; None: sqrt(1 + ln(factor) /
-    ln(original))."""
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): divides the frequency of each pair by its own number.
+
+    The numbers come from `short_factor` within the original window and from `long_factor` for longer sequences. cos and
+    sin are multiplied by `attention_factor`; None means sqrt(1 + ln(factor) / ln(original)).
+    """
 
     theta: float = 10000.0
     factor: float
@@ -265,31 +268,31 @@ class LongRope(_Checked):
         for name in ("short_factor", "long_factor"):
             if len(getattr(self, name)) != len(powers):
                 found = len(getattr(self, name))
-                raise InputError(f"rope {name} has {found} numbers: head_dim {head_dim} needs {len(powers)}")
+                raise InputError(f"rope {name} has {found} numbers: head_dim {head_dim} requires {len(powers)}")
         short, long = (1 / (np.array(x, _F32) * powers) for x in (self.short_factor, self.long_factor))
         return short if length is None else jnp.where(length > self.original_max_position_embeddings, long, short)
 
 
 CHOICES = ("default", "linear", "ntk", "dynamic", "yarn")
-"""Kinds that a config file or a command line can ask for; the others come with a model."""
+"""Kinds that a config file or the command line can select. The other kinds only occur in existing models."""
 
 
 def build_scaling(kind: str, theta: float, factor: float = 1.0, *, window: int = 2048, head_dim: int = 128) -> Scaling:
-    """The scaling of a kind's name, as a config file or a command line gives it.
+    """Builds a scaling from the name of its kind, as given in a config file or on the command line.
 
     Args:
       kind: one of `CHOICES`.
-      theta: base of the model.
+      theta: base of the model's frequencies.
       factor: new window / pre-trained window.
       window: pre-trained window in tokens (dynamic, yarn).
       head_dim: head size (ntk).
 
     Raises:
-      InputError: for an unknown kind, or a theta or factor that is no finite number >= 1.
+      InputError: if the kind is unknown, or theta or factor is not a finite number >= 1.
     """
     if kind == "default":
         if factor != 1.0:
-            raise InputError(f"rope.factor is {factor} but rope.kind 'default' scales nothing: use 'linear'")
+            raise InputError(f"rope.factor is {factor}, but rope.kind 'default' does not scale: use 'linear'")
         return Default(theta)
     if kind == "linear":
         return Linear(theta, factor)
@@ -299,4 +302,4 @@ def build_scaling(kind: str, theta: float, factor: float = 1.0, *, window: int =
         return Dynamic(theta=theta, factor=factor, original_max_position_embeddings=window)
     if kind == "yarn":
         return Yarn(theta=theta, factor=factor, original_max_position_embeddings=window)
-    raise InputError(f"rope.kind is {kind!r}: it can be {', '.join(CHOICES)}")
+    raise InputError(f"rope.kind is {kind!r}: it must be one of {', '.join(CHOICES)}")

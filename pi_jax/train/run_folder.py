@@ -7,6 +7,7 @@ from pi_jax import __version__, cli, log
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import Config, ModelConfig, flatten
 from pi_jax.convert import model_card
+from pi_jax.convert.folders import copy_files
 from pi_jax.convert.formats import hf
 from pi_jax.convert.formats.native import EXPORTS as RUN_EXPORTS
 from pi_jax.convert.formats.native import MODEL as RUN_MODEL
@@ -46,5 +47,5 @@ def write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, fi
     cli.write_json(str(output / "config.json"), {"config": flat, "versions": versions})
     folder = output / RUN_MODEL
     folder.mkdir(parents=True, exist_ok=True)
-    hf.copy_files(files, folder)
+    copy_files(files, folder)
     cli.write_json(str(folder / "config.json"), hf.config_dict(model, config.compute.param_dtype))

@@ -111,8 +111,8 @@ def test_a_bad_line_does_not_stop_those_before_it(tmp_path):
 ERRORS = {
     "missing": (None, "a.txt", "a.txt: there is no such file or folder"),
     "glob": (None, "*.txt", r"\*.txt: no file matches it"),
-    "empty folder": (None, "", "this folder holds no .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file"),
-    "ending": (b"", "a.pdf", "a.pdf: the ending must be one of .txt, .jsonl"),
+    "empty folder": (None, "", "this folder contains no .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file"),
+    "ending": (b"", "a.pdf", "a.pdf: the extension must be one of .txt, .jsonl"),
     "latin1": (b"caf\xe9", "a.txt", "a.txt is not UTF-8: byte 0xe9 at offset 3"),
     "latin1 line": (b'{}\n{"text": "caf\xe9"}', "a.jsonl", "a.jsonl line 1 has no field"),
     "latin1 later": (
@@ -129,7 +129,7 @@ ERRORS = {
     "field": (b'{"id": 1, "body": ""}', "a.jsonl", "line 1 has no field 'text': its fields are 'id', 'body'"),
     "number": (b'{"text": 17}', "a.jsonl", r"line 1 has 17 \(int\) in field 'text': it must be a string"),
     "null": (b'{"text": null}', "a.jsonl", r"has None \(NoneType\) in field 'text'"),
-    "surrogate": (b'{"text": "ab\\ud800"}', "a.jsonl", "line 1 has half a surrogate pair at character 2"),
+    "surrogate": (b'{"text": "ab\\ud800"}', "a.jsonl", "line 1 has a lone surrogate at character 2"),
     "not gzip": (b"hello", "a.jsonl.gz", "a.jsonl.gz cannot be read"),
     "not zstd": (b"hello", "a.jsonl.zst", "a.jsonl.zst cannot be read"),
     "cut gzip": (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pi_jax.config import DataConfig
-from pi_jax.data.pipeline import Pipeline, Rows, Source, open_pipeline, parse_source
+from pi_jax.data.pipeline import Pipeline, Sequences, Source, open_pipeline, parse_source
 from pi_jax.data.store import TokenStore, TokenStoreWriter
 from pi_jax.data.tokenizer import TokenizerInfo
 from pi_jax.errors import InputError
@@ -52,7 +52,7 @@ def assert_same(a, b):
 
 def test_every_epoch_is_another_permutation_of_all_rows(stores):
     pipeline = open_pipeline(config_of(stores[0]))
-    assert pipeline.num_rows == 299 // WINDOW == 37
+    assert pipeline.num_sequences == 299 // WINDOW == 37
     assert pipeline.steps_per_epoch == 37 / BATCH
     order = first_tokens(pipeline, range(37))  # 37 steps are 4 epochs
     epochs = [order[37 * e : 37 * (e + 1)] for e in range(4)]
@@ -116,7 +116,7 @@ def test_sources_are_mixed_by_weight_and_evenly(stores):
 
 
 def test_rows_of_a_source_stand_in_its_order(stores):
-    rows = Rows(TokenStore.open(stores[0]), config_of(stores[0]))
+    rows = Sequences(TokenStore.open(stores[0]), config_of(stores[0]))
     assert [int(rows[i]["tokens"][0]) for i in range(len(rows))] == [WINDOW * i for i in range(37)]
     for i in (-1, 37):
         with pytest.raises(IndexError):
@@ -143,7 +143,7 @@ def test_what_training_asks_for(stores):
     assert pipeline.vocab_size == 60000
     assert pipeline.vocab_hash == "0" * 64
     assert pipeline.tokenizer_dir == f"{stores[0]}/tokenizer"
-    assert pipeline.num_rows == 49
+    assert pipeline.num_sequences == 49
     with pytest.raises(ValueError):
         pipeline.batch(-1)
 
@@ -207,15 +207,15 @@ def test_error_sentences(stores, tmp_path):
         return str(caught.value)
 
     assert "data.sources is empty" in error()
-    assert f"{tmp_path}/no is no whole token store" in error(f"{tmp_path}/no")
+    assert f"{tmp_path}/no is not a complete token store" in error(f"{tmp_path}/no")
     assert "data.seed is -1: it must be 0 or more" in error(stores[0], seed=-1)
     other = make_store(tmp_path / "other", [300], vocab_hash="1" * 64)
     assert f"{stores[0]} and {other} were made with different tokenizers" in error(stores[0], stores[1], other)
     assert error(*stores, window=150) == (
-        f"data.window is 150 but the longest document of {stores[1]} has 100 tokens, so nothing would train "
-        "the long distances: choose a shorter --data.window, or --data.no-require-long-documents"
+        f"data.window is 150, but the longest document of {stores[1]} has 100 tokens, so no long distances would be "
+        "trained: use a shorter --data.window, or --data.no-require-long-documents"
     )
-    assert "has 100 tokens: a row takes data.window + 1 = 101" in error(stores[1], window=100)
+    assert "has 100 tokens: one sequence needs data.window + 1, 101" in error(stores[1], window=100)
     single = make_store(tmp_path / "single", [1, 1, 1])
     assert "has 3 tokens" in error(single, window=1, packing="document")
     open_pipeline(config_of(stores[0], window=250, require_long_documents=False))

@@ -126,7 +126,7 @@ def test_store_facts_and_summary(tmp_path, tokenizer_dir, capsys):
     assert sum(entry["documents"] for entry in summary["length_histogram"].values()) == 3
     printed = capsys.readouterr().out
     assert "3 documents" in printed
-    assert "Left out: 1 empty documents" in printed
+    assert "Skipped: 1 empty documents" in printed
     assert "Documents that fill a window of 40: 1, with" in printed
 
     manifest = TokenStore.open(str(tmp_path / "s")).manifest
@@ -169,8 +169,8 @@ def test_error_sentences(tmp_path, tokenizer_dir, capsys):
     assert "--input is empty: it needs at least one" in error("")
     assert "no.txt: there is no such file" in error(f"{good} {tmp_path}/no.txt")
     assert "has no field 'body': its fields are 'text'" in error(good, tokenizer_dir, "--text-field", "body")
-    assert f"--input {empty}: there is no text in it, only 2 empty documents" in error(empty)
-    assert "there is no text in it" in error(str(tmp_path / "nothing.jsonl"))
+    assert f"--input {empty} contains no text, only 2 empty documents" in error(empty)
+    assert "contains no text" in error(str(tmp_path / "nothing.jsonl"))
     assert "--window is 0: it must be positive" in error(good, tokenizer_dir, "--window", "0")
     assert "tokenizer no/such: there is no such folder" in error(good, "no/such")
     assert "broken cannot be loaded" in error(good, str(tmp_path / "broken"))
@@ -233,14 +233,14 @@ def test_prompts_are_cut_wrapped_and_left_out_of_the_loss(tmp_path, tokenizer_di
             require_long_documents=False,
         )
         pipeline = open_pipeline(config)
-        batches = [pipeline.batch(step) for step in range(pipeline.num_rows)]
+        batches = [pipeline.batch(step) for step in range(pipeline.num_sequences)]
         weighed = [int(t) for b in batches for t, w in zip(b["targets"][0], b["loss_weights"][0], strict=True) if w]
         expected = [t for s in summaries for t in s]
         if packing == "joined":  # the last, incomplete row is dropped
             stream = []
             for p, own in zip(prompts, summaries, strict=True):
                 stream += [(t, False) for t in p] + [(t, True) for t in own]
-            expected = [t for t, kept in stream[1 : 32 * pipeline.num_rows + 1] if kept]
+            expected = [t for t, kept in stream[1 : 32 * pipeline.num_sequences + 1] if kept]
         assert sorted(weighed) == sorted(expected)
         assert {float(w) for b in batches for w in b["loss_weights"][0]} == {0.0, 1.0}
 
@@ -255,7 +255,7 @@ def test_what_prompts_need(tmp_path, tokenizer_dir, capsys):
     assert "line 1 has no field 'report'" in failing(["--input", str(tmp_path / "a.jsonl"), *base], capsys)
     assert "a .txt file has no field 'report'" in failing(["--input", str(tmp_path / "a.txt"), *base], capsys)
     told = failing(["--input", str(tmp_path / "a.jsonl"), *base, "--prompt-template", "none"], capsys)
-    assert "the prompt template is 'none': it must hold {} once" in told
+    assert "the prompt template is 'none': it must contain {} once" in told
     prepare(Options(input=(str(tmp_path / "a.jsonl"),), tokenizer=tokenizer_dir, output=str(tmp_path / "store")))
     config = DataConfig(sources=(str(tmp_path / "store"),), window=32, mask_prompts=True, require_long_documents=False)
     with pytest.raises(InputError, match="has a prompt: prepare it with --prompt-field"):

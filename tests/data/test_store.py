@@ -176,7 +176,7 @@ def failing(error):
 def test_an_existing_target_is_kept_unless_overwritten(tmp_path, tokenizer_dir):
     target = tmp_path / "s"
     write(target, [np.array([1])], tokenizer_dir)
-    with pytest.raises(InputError, match="is there already: choose another folder, or --overwrite"):
+    with pytest.raises(InputError, match="already exists: choose another folder, or use --overwrite"):
         write(target, [np.array([2])], tokenizer_dir)
     with pytest.raises(RuntimeError):
         write(target, failing(RuntimeError), tokenizer_dir, overwrite=True)
@@ -188,7 +188,7 @@ def test_an_existing_target_is_kept_unless_overwritten(tmp_path, tokenizer_dir):
 def test_overwrite_never_removes_what_is_no_token_store(tmp_path, tokenizer_dir):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is no token store and is not overwritten"):
+    with pytest.raises(InputError, match="is not a token store, so it is not overwritten"):
         write(tmp_path / "home", [np.array([1])], tokenizer_dir, overwrite=True)
     assert (tmp_path / "home/thesis.tex").exists()
 
@@ -196,9 +196,9 @@ def test_overwrite_never_removes_what_is_no_token_store(tmp_path, tokenizer_dir)
 def test_targets_that_cannot_be_written(tmp_path, tokenizer_dir):
     (tmp_path / "file").write_text("")
     for path, message in [
-        ("gs://bucket/s", "gs://bucket/s: a token store is written to a local folder"),
+        ("gs://bucket/s", "gs://bucket/s is a URL: write the token store to a local folder"),
         (tmp_path / "file/s", "file/s cannot be written"),
-        (tmp_path / "file", "is there already"),
+        (tmp_path / "file", "already exists"),
     ]:
         with pytest.raises(InputError, match=message):
             write(path, [np.array([1])], tokenizer_dir)
@@ -244,13 +244,13 @@ def damage_all(folder):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (damage_missing, "is damaged: tokens/c/1 is missing or cut short"),
-        (damage_cut, "is damaged: tokens/c/1 is missing or cut short"),
-        (damage_offsets, "is damaged: offsets/c/0 is missing or cut short"),
-        (damage_half_written, "no whole token store, for it has no manifest.json"),
-        (damage_manifest, "no token store: its manifest.json is not one of pi_jax.prepare"),
-        (damage_format, "of format 2, and this pi_jax reads 1"),
-        (damage_all, "no whole token store, for it has no manifest.json"),
+        (damage_missing, "is damaged: tokens/c/1 is missing or truncated"),
+        (damage_cut, "is damaged: tokens/c/1 is missing or truncated"),
+        (damage_offsets, "is damaged: offsets/c/0 is missing or truncated"),
+        (damage_half_written, "not a complete token store, because it has no manifest.json"),
+        (damage_manifest, "not a token store: pi_jax.prepare did not write its manifest.json"),
+        (damage_format, "of format 2, but this version of pi_jax reads format 1"),
+        (damage_all, "not a complete token store, because it has no manifest.json"),
     ],
 )
 def test_a_damaged_store_is_not_opened(tmp_path, tokenizer_dir, damage, message, scheme):
@@ -276,7 +276,7 @@ def test_a_flipped_bit_and_a_lost_shard_are_errors_when_read(tmp_path, tokenizer
 
 def test_a_remote_store_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(store_module, "_SECONDS_TO_ANSWER", 0)
-    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/s does not answer in 0 s"):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/s did not respond within 0 s"):
         TokenStore.open("http://127.0.0.1:9/s")
 
 

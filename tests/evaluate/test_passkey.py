@@ -145,7 +145,7 @@ def test_the_command_writes_what_it_prints_and_draws(inputs, tmp_path, capsys):
     assert report["grid"]["lengths"] == [440, 448] and len(report["grid"]["success"]) == 2
     assert figure.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
-    assert "k_max 0" in printed.out and "448 tokens is beyond the 64" in printed.err
+    assert "k_max 0" in printed.out and "448 tokens exceeds the window of the model, 64" in printed.err
 
 
 @pytest.mark.parametrize(

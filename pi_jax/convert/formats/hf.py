@@ -1,7 +1,7 @@
-"""Hugging Face folders: `config.json`, safetensors (one file or several), tokenizer files.
+"""Reads and writes Hugging Face folders: `config.json`, safetensors (one or several files), tokenizer files.
 
-Reading is driven by the config: it says which names and shapes must be there, and the files may only agree. Weights
-are read tensor by tensor, each host only its own slices. Nothing is ever unpickled, no code of a folder is run.
+The config determines which tensors are required and their shapes; files that differ from it are rejected. Weights are
+read one tensor at a time, and each host reads only its own slices. Nothing is unpickled and no code in a folder is run.
 """
 
 import pathlib
@@ -27,9 +27,10 @@ from pi_jax.errors import InputError
 from pi_jax.model import Llama
 
 SHARD_BYTES = 5 * 10**9
+"""Default maximum size of a safetensors file, in bytes."""
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-# What we do not compute: the value that is harmless, for each key that would change the result otherwise.
+# Features that are not implemented: each config key with the only value that does not change the result.
 _UNSUPPORTED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -42,26 +43,26 @@ _UNSUPPORTED = {
     "auto_map": None,
 }
 _MODEL_TYPES = ("llama", "mistral")
-_THETA_SINCE = (4, 33)  # the version of transformers that began to write rope_theta
+_THETA_SINCE = (4, 33)  # first version of transformers that writes rope_theta
 
 
 def read_config(folder: str, name: str = "config.json") -> ModelConfig:
-    """The architecture of a Hugging Face folder, from `config.json` of transformers 4 or 5.
+    """Reads the architecture from the `config.json` of a Hugging Face folder, as written by transformers 4 or 5.
 
     Raises:
-      InputError: for a missing key, or a model that needs something not implemented here, naming key and value.
+      InputError: if a key is missing or has a value that is not supported; the message names both.
     """
     path = epath.Path(folder) / name
     config = read_json(path)
     if config.get("model_type") not in _MODEL_TYPES:
         known = " or ".join(_MODEL_TYPES)
-        raise InputError(f"{path}: model_type is {config.get('model_type')!r}: only {known} is supported")
+        raise InputError(f"{path}: model_type is {config.get('model_type')!r}: it must be {known}")
     for key, harmless in _UNSUPPORTED.items():
         if config.get(key, harmless) != harmless:
-            raise InputError(f"{path}: {key} is {config[key]!r}, which is not supported (only {harmless!r})")
+            raise InputError(f"{path}: {key} is {config[key]!r}: only {harmless!r} is supported")
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing")
+        raise InputError(f"{path} lacks {', '.join(missing)}")
     _require_theta(path, config)
     heads = config["num_attention_heads"]
     try:
@@ -86,7 +87,7 @@ def read_config(folder: str, name: str = "config.json") -> ModelConfig:
 
 
 def _require_theta(path: epath.Path, config: dict[str, Any]) -> None:
-    """Files older than the key mean 10000; in newer ones its absence is a loss, and the model would read as noise."""
+    """Checks that `rope_theta` is present. Only in files older than the key does its absence mean 10000."""
     places = (config, config.get("rope_parameters"), config.get("rope_scaling"))
     if any(isinstance(place, dict) and place.get("rope_theta") is not None for place in places):
         return
@@ -94,7 +95,7 @@ def _require_theta(path: epath.Path, config: dict[str, Any]) -> None:
     if len(version) == 2 and all(v.isdigit() for v in version) and tuple(map(int, version)) < _THETA_SINCE:
         return
     raise InputError(
-        f"{path} has no rope_theta, which every writer since transformers 4.33 states: add the one that the model was "
+        f"{path} has no rope_theta, which transformers writes since version 4.33: add the value that the model was "
         'trained with ("rope_theta": 10000.0 for LLaMA 1 and 2)'
     )
 
@@ -108,7 +109,7 @@ def _tokens(token: int | list[int] | None) -> int | tuple[int, ...] | None:
 
 
 def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` in the form that transformers 4 and 5, vLLM, SGLang and llama.cpp all read correctly."""
+    """Returns a `config.json` that transformers 4 and 5, vLLM, SGLang and llama.cpp all read correctly."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -136,13 +137,13 @@ def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 class Reader:
-    """The tensors of a folder, read lazily and only if the config asks for exactly these."""
+    """Reads the tensors of a folder lazily."""
 
     def __init__(self, folder: str, config: ModelConfig):
-        """Opens the files and checks names, shapes and dtypes.
+        """Opens the files and checks names, shapes and dtypes against the config.
 
         Raises:
-          InputError: for a missing, unexpected or broken tensor or file.
+          InputError: if a tensor or file is missing, unexpected or damaged.
         """
         self._folder = epath.Path(folder)
         self._open: dict[epath.Path, safetensors.File] = {}
@@ -151,13 +152,13 @@ class Reader:
         wanted = {tensor.name: tensor for tensor in self.order}
         ignored = {name for name in self._files if name.endswith(param_mapping.HF_IGNORED)}
         if config.tie_word_embeddings:
-            ignored.add("lm_head.weight")  # some exporters write a tied head all the same
+            ignored.add("lm_head.weight")  # some exporters write a tied head too
         require_names(folder, set(wanted), set(self._files) - ignored, "config.json")
         self.dtypes: pipeline.Dtypes = {}
         for name, tensor in wanted.items():
             file = self._file(name)
             if name not in file.entries:
-                raise InputError(f"{file.path} lacks {name}, which {_INDEX} says it holds")
+                raise InputError(f"{file.path} lacks {name}, although {_INDEX} lists it there")
             require_shape(f"{file.path}: {name}", file.entries[name].shape, tensor.shape, "config.json")
             pipeline.require_float(str(file.path), name, file.entries[name].dtype)
             self.dtypes[name] = np.dtype(file.entries[name].dtype)
@@ -175,11 +176,11 @@ class Reader:
         raise InputError(f"{self._folder} has neither {_SINGLE} nor {_INDEX}")
 
     def _shard(self, index: epath.Path, file: Any) -> epath.Path:
-        # A name with a path in it could point anywhere on the disk.
+        # A name that contains a path could point anywhere on the disk.
         if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"{index}: {file!r} is not the plain name of a .safetensors file")
+            raise InputError(f"{index} lists {file!r}: it must be the name of a .safetensors file in the same folder")
         if not (self._folder / file).is_file():
-            raise InputError(f"{index} names {file}, which is not there")
+            raise InputError(f"{index} lists {file}, which does not exist")
         return self._folder / file
 
     def _file(self, name: str) -> safetensors.File:
@@ -189,28 +190,28 @@ class Reader:
         return self._open[path]
 
     def read(self, tensor: param_mapping.Tensor, index: param_mapping.Index = (...,)) -> np.ndarray:
-        """See `stream.Reader`."""
+        """See `pipeline.Reader`."""
         return self._file(tensor.name).read(tensor.name, index)
 
 
 def require_names(folder: Any, wanted: set[str], found: set[str], asker: str) -> None:
-    """Checks that the tensors there are just those that a config asks for."""
+    """Checks that a folder contains exactly the tensors of the model described by the file `asker`."""
     missing, extra = wanted - found, found - wanted
     if missing or extra:
-        what = f"lacks {_some(missing)}" if missing else f"holds {_some(extra)}, which {asker} does not ask for"
+        what = f"lacks {_some(missing)}" if missing else f"contains {_some(extra)}, which the model in {asker} lacks"
         raise InputError(f"{folder} {what}")
 
 
 def require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...], asker: str) -> None:
-    """Checks the shape of a tensor."""
+    """Checks that the shape of a tensor is the one that the file `asker` implies."""
     if found != wanted:
-        raise InputError(f"{what} has shape {found}, but {asker} asks for {wanted}")
+        raise InputError(f"{what} has shape {found}, but {asker} requires {wanted}")
 
 
 def require_same(folder: str, found: ModelConfig, wanted: ModelConfig) -> None:
-    """Checks that a written folder's config reads back as what was meant."""
+    """Checks that the config of a written folder reads back unchanged."""
     if found != wanted:
-        raise InputError(f"{folder}: the config read back as {found}, not {wanted}")
+        raise InputError(f"{folder}: the config is {found} when it is read back, but {wanted} was written")
 
 
 def _some(names: set[str]) -> str:
@@ -219,13 +220,13 @@ def _some(names: set[str]) -> str:
 
 
 def load(folder: str, config: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> Llama:
-    """The model of a folder, with its parameters split over the mesh as they are read.
+    """Loads a model from a folder and shards its parameters over the mesh while they are read.
 
     Args:
-      folder: with `config.json` and safetensors.
+      folder: folder with `config.json` and safetensors files.
       config: architecture; `read_config(folder)`, possibly with another `rope`.
-      compute: `param_dtype` is the dtype that the parameters get.
-      mesh: where they go.
+      compute: `param_dtype` is the dtype of the loaded parameters.
+      mesh: devices over which to shard them.
     """
     return sharded_load.load(Reader(folder, config), config, compute, mesh)
 
@@ -239,21 +240,21 @@ def save(
     facts: model_card.Facts = model_card.Facts(),
     weights: pipeline.Reader | None = None,
 ) -> None:
-    """Writes a model as a folder that transformers, vLLM, SGLang and llama.cpp read, reads it back and compares.
+    """Writes a model as a folder that transformers, vLLM, SGLang and llama.cpp can read, and verifies it.
 
-    The folder appears under its name only when it is whole and has been compared.
+    The folder gets its name only after all tensors have been read back and compared.
 
     Args:
-      model: with all its parameters reachable from this process, unless `weights` are given.
-      target: the folder; must not exist.
-      extras: folder to take tokenizer files and `generation_config.json` from, or None.
-      dtype: of the written weights: "float32", "bfloat16", "float16", or "same" as the model's.
-      shard_bytes: largest safetensors file; a single larger tensor gets its own.
-      facts: for the model card.
-      weights: where to read the model's weights instead, for example in its checkpoint.
+      model: the model; all its parameters must be addressable from this process unless `weights` is given.
+      target: folder to create; it must not exist.
+      extras: folder from which to copy tokenizer files and `generation_config.json`, or None.
+      dtype: dtype of the written weights: "float32", "bfloat16", "float16", or "same" as the model.
+      shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
+      facts: facts for the model card.
+      weights: reader of the model's weights, to read them from a checkpoint instead of from `model`.
 
     Raises:
-      InputError: if the target exists or cannot be written, or what was read back differs.
+      InputError: if the target exists, cannot be written or differs from the model when it is read back.
     """
     reader = pipeline.Cast(weights or sharded_load.Reader(model), dtype)
     with new_folder(target) as folder:
@@ -270,7 +271,7 @@ def write(
     verify: bool = True,
     quiet: bool = False,
 ) -> None:
-    """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `save`."""
+    """Writes a model into an empty folder and, if `verify` is true, reads it back and compares it; see `save`."""
     dtypes = reader.dtypes
     digests = pipeline.copy(reader, safetensors.Writer(folder, reader.order, dtypes, shard_bytes), verify, quiet)
     write_json(folder / "config.json", config_dict(config, pipeline.main_dtype(dtypes)))
@@ -282,5 +283,5 @@ def write(
     (folder / "README.md").write_text(model_card.text(config, pipeline.main_dtype(dtypes), facts), encoding="utf-8")
     if verify:
         require_same(str(folder), read_config(str(folder)), config)
-        Reader(str(folder), config)  # names and shapes
+        Reader(str(folder), config)  # checks names and shapes
         pipeline.verify(str(folder), digests, reader.order, dtypes, readback.hf(folder), quiet)

@@ -1,7 +1,8 @@
-"""Meta's folders: `params.json` and one or more `consolidated.NN.pth`, as LLaMA 1, 2 and 3 came.
+"""Reads and writes Meta's folders, the format of LLaMA 1, 2 and 3: `params.json` and `consolidated.NN.pth` files.
 
-`params.json` does not say everything: not the window, not a RoPE scaling but Llama 3's, not whether the head is tied.
-A folder written here has `hf_config.json` beside it, in Hugging Face's form, which says it all. For others:
+`params.json` is incomplete: it does not state the window, RoPE scaling other than Llama 3's, or whether the output head
+is tied. A folder written by pi_jax also contains `hf_config.json`, in Hugging Face's format, which is complete. For
+other folders these rules apply:
 
 - window: 2048 where each layer has `rope.freqs` (LLaMA 1), 4096 (LLaMA 2), 16384 where theta is above 10000 (Code
   Llama), 8192 with a vocabulary above 100,000 (Llama 3), 131072 with `use_scaled_rope` (Llama 3.1 and later);
@@ -25,7 +26,9 @@ from pi_jax.errors import InputError
 from pi_jax.rope import Default, Llama3, Scaling
 
 PARAMS = "params.json"
+"""File with the architecture, in Meta's format."""
 SIDECAR = "hf_config.json"
+"""File with the complete config, in Hugging Face's format, in folders that pi_jax wrote."""
 _LLAMA3_VOCABULARY = 100_000
 _REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
 _KNOWN = (
@@ -33,30 +36,33 @@ _KNOWN = (
     *"n_kv_heads vocab_size multiple_of ffn_dim_multiplier hidden_dim head_dim rope_theta use_scaled_rope".split(),
     *"rope_scaling_factor max_seq_len max_batch_size sliding_window".split(),
 )
-# What Meta wrote beside the width; tried in this order, so that released sizes come out as they were.
+# Pairs of multiple_of and ffn_dim_multiplier in Meta's releases; tried in this order to reproduce released files.
 _FEED_FORWARD = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 
 
 @dataclasses.dataclass(frozen=True)
 class MetaOptions:
-    """What a Meta folder does not say of itself, or can be written as."""
+    """Options for a source or target in Meta's format."""
 
     window: int = 0
-    """Window of a source, in tokens; 0 applies the rules of docs/convert.md."""
+    """Trained window of a source, in tokens; 0 applies the rules in docs/convert.md. Set it if they are wrong for the
+    model."""
     files: int = 1
     """Number of consolidated.NN.pth files to write. LLaMA's own code expects one per device."""
     embedding: Literal["auto", "rows", "columns"] = "auto"
-    """Split the embedding of a target by 'columns' (LLaMA 1, 2) or 'rows' (Llama 3); 'auto' goes by vocabulary."""
+    """How to split the embedding of a target over the files: by 'columns' (LLaMA 1 and 2) or 'rows' (Llama 3). 'auto'
+    selects rows if the vocabulary is larger than 100,000."""
 
     def __post_init__(self):
         if self.files < 1 or self.window < 0:
             raise InputError(
-                f"meta.files is {self.files} and meta.window {self.window}: they must be positive, or 0 for the window"
+                f"meta.files is {self.files} and meta.window is {self.window}: meta.files must be positive, and "
+                "meta.window positive or 0"
             )
 
 
 def is_folder(folder: Any) -> bool:
-    """Whether a folder has the files of Meta's form."""
+    """Whether a folder is in Meta's format."""
     return (folder / PARAMS).is_file()
 
 
@@ -69,51 +75,49 @@ def feed_forward(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 class Folder:
-    """A Meta folder: its parameters and the contents of its files."""
+    """A folder in Meta's format: its params.json and its open `.pth` files."""
 
     def __init__(self, path: str):
-        """Reads params.json and the files' tables of contents.
+        """Reads params.json and the lists of tensors in the files.
 
         Raises:
-          InputError: if a file is missing, broken or not of one model with the others.
+          InputError: if a file is missing, damaged or not supported.
         """
         if is_remote(path):
-            raise InputError(
-                f"{path}: .pth files are read from a local folder only: copy it, or convert it where it is"
-            )
+            raise InputError(f"{path} is remote: .pth files can be read from a local folder only")
         self.path = pathlib.Path(path)
         self.params = read_json(self.path / PARAMS)
         for key in _REQUIRED:
             if key not in self.params:
-                raise InputError(f"{self.path / PARAMS}: {key} missing")
+                raise InputError(f"{self.path / PARAMS} lacks {key}")
         for key, value in self.params.items():
             if (key not in _KNOWN and value) or (key == "sliding_window" and value):
                 raise InputError(f"{self.path / PARAMS}: {key} is {value!r}, which is not supported")
         found = sorted(self.path.glob("consolidated.*.pth"))
         if [p.name for p in found] != [f"consolidated.{i:02d}.pth" for i in range(len(found))] or not found:
             names = ", ".join(p.name for p in found) or "none"
-            raise InputError(f"{path} must hold consolidated.00.pth and so on without gaps, but holds {names}")
+            raise InputError(f"{path} contains {names}: it must contain consolidated.00.pth and so on without gaps")
         self.files = [pth.File(p) for p in found]
 
     def names(self, file: pth.File) -> set[str]:
-        """Names of the tensors in a file but for those that hold no weights."""
+        """Returns the names of the tensors in a file, without those that are not weights."""
         return {name for name in file.entries if not name.endswith(param_mapping.META_IGNORED)}
 
     def joined(self, name: str, split: int | None) -> pth.Joined:
-        """A tensor of all files; an embedding is split by rows where its parts are as wide as a norm."""
+        """Returns a tensor joined over all files. An embedding is split by rows if its parts are as wide as a norm."""
         if name == "tok_embeddings.weight":
             norm, part = (self.files[0].entries.get(n) for n in ("norm.weight", name))
             split = 0 if norm and part and norm.shape == part.shape[1:] else 1
         return pth.Joined(self.files, name, split)
 
     def config(self, window: int = 0) -> ModelConfig:
-        """The architecture.
+        """Returns the architecture.
 
         Args:
-          window: tokens that the weights were trained for; 0: see the module's docstring.
+          window: trained window in tokens; 0 applies the rules in the module docstring.
 
         Raises:
-          InputError: naming the key whose value is missing, wrong or not supported.
+          InputError: if a value is missing, invalid or not supported; the message names its key.
         """
         path = self.path / PARAMS
         try:
@@ -138,7 +142,7 @@ class Folder:
         params = self.params
         dim, heads = params["dim"], params["n_heads"]
         vocabulary = params.get("vocab_size", -1)
-        if vocabulary == -1:  # LLaMA 1 leaves it to the tokenizer
+        if vocabulary == -1:  # LLaMA 1 took the size from the tokenizer
             vocabulary = self._rows("output.weight" if self._has("output.weight") else "tok_embeddings.weight")
         theta = float(params.get("rope_theta") or 10000.0)
         scaled = bool(params.get("use_scaled_rope"))
@@ -179,7 +183,7 @@ class Folder:
 
     def _rows(self, name: str) -> int:
         if not self._has(name):
-            raise InputError(f"vocab_size is not given, and consolidated.00.pth lacks {name}")
+            raise InputError(f"vocab_size is missing, and consolidated.00.pth lacks {name}")
         rows = self.files[0].entries[name].shape[0]
         return rows * len(self.files) if name == "output.weight" else rows
 
@@ -199,13 +203,13 @@ class Folder:
     def _tied(self) -> bool:
         if not self._has("output.weight"):
             return True
-        table = self.joined("tok_embeddings.weight", 1)
+        embedding = self.joined("tok_embeddings.weight", 1)
         head = self.joined("output.weight", 0)
-        if table.shape != head.shape or table.dtype != head.dtype:
+        if embedding.shape != head.shape or embedding.dtype != head.dtype:
             return False
-        for start in range(0, table.shape[0], 1024):  # different tables differ in the first rows already
-            rows = (slice(start, min(start + 1024, table.shape[0])), slice(None))
-            if table.read(rows).tobytes() != head.read(rows).tobytes():
+        for start in range(0, embedding.shape[0], 1024):  # untied weights differ in the first rows already
+            rows = (slice(start, min(start + 1024, embedding.shape[0])), slice(None))
+            if embedding.read(rows).tobytes() != head.read(rows).tobytes():
                 return False
         return True
 
@@ -217,13 +221,13 @@ _SHARED = (
 
 
 class Reader:
-    """The tensors of a Meta folder, joined and in Hugging Face's order, read lazily."""
+    """Reads the tensors of a Meta folder lazily, joined over the files and in Hugging Face's row order."""
 
     def __init__(self, folder: Folder, config: ModelConfig):
-        """Checks names, shapes and dtypes.
+        """Checks names, shapes and dtypes against the config.
 
         Raises:
-          InputError: for a missing, unexpected or wrongly shaped tensor.
+          InputError: if a tensor is missing, unexpected or has the wrong shape.
         """
         self._config = config
         self.order = param_mapping.tensors(config)
@@ -231,21 +235,21 @@ class Reader:
         for file in folder.files:
             found = folder.names(file) - ({"output.weight"} if config.tie_word_embeddings else set())
             hf.require_names(file.path, wanted, found, PARAMS)
-        self._joined = {t.name: folder.joined(t.meta_name, t.weight.meta_split) for t in self.order}
+        self._joined = {t.name: folder.joined(t.meta_name, t.spec.meta_split) for t in self.order}
         for tensor in self.order:
             joined = self._joined[tensor.name]
             hf.require_shape(f"{folder.path}: {tensor.meta_name}", joined.shape, tensor.shape, PARAMS)
         self.dtypes = {name: joined.dtype for name, joined in self._joined.items()}
 
     def read(self, tensor: param_mapping.Tensor, index: param_mapping.Index = (...,)) -> np.ndarray:
-        """See `stream.Reader`; of q and k whole heads only."""
+        """See `pipeline.Reader`. For q and k, `index` must select complete heads."""
         full = tuple(slice(None) for _ in tensor.shape)
         array = self._joined[tensor.name].read(full if index[0] is ... else index)
-        return halves(array, self._config.head_dim) if tensor.weight.meta_pairs else array
+        return halves(array, self._config.head_dim) if tensor.spec.meta_pairs else array
 
 
 def halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k from Meta's order, pairs side by side, to Hugging Face's, all firsts before all seconds."""
+    """Reorders the rows of q or k from Meta's order (adjacent pairs) to Hugging Face's (first halves, then second)."""
     return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -255,12 +259,12 @@ def pairs(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def params_dict(config: ModelConfig) -> dict[str, Any]:
-    """`params.json`, with Meta's keys only: its code refuses others."""
+    """Returns the content of `params.json`. It has only Meta's keys, because Meta's code rejects others."""
     width = config.intermediate_size
     for multiple_of, multiplier in _FEED_FORWARD:
         if feed_forward(config.hidden_size, multiple_of, multiplier) == width:
             break
-    else:  # any width can be said
+    else:  # these values express any width
         multiple_of, multiplier = 1, (width + 0.5) / int(8 * config.hidden_size / 3)
     params: dict[str, Any] = {"dim": config.hidden_size}
     if multiplier is not None:
@@ -277,7 +281,7 @@ def params_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 class Writer:
-    """The files of a Meta folder, all written side by side."""
+    """Writes all files of a Meta folder in parallel."""
 
     def __init__(
         self,
@@ -287,15 +291,15 @@ class Writer:
         dtypes: pipeline.Dtypes,
         options: MetaOptions,
     ):
-        """Checks that the model can be said in Meta's form and starts the files.
+        """Checks that Meta's format can express the model, and creates the files.
 
         Raises:
-          InputError: naming the field that Meta's form cannot express.
+          InputError: if it cannot; the message names the field.
         """
         count = options.files
         if config.head_dim * config.num_attention_heads != config.hidden_size:
             raise InputError(
-                f"head_dim is {config.head_dim}: in Meta's form it can only be hidden_size / num_attention_heads, "
+                f"head_dim is {config.head_dim}: in Meta's format it must be hidden_size / num_attention_heads, "
                 f"{config.hidden_size} / {config.num_attention_heads}"
             )
         sizes = {
@@ -306,9 +310,7 @@ class Writer:
         }
         for name, size in sizes.items():
             if size % count:
-                raise InputError(
-                    f"{name} is {size}, which does not divide over {count} files: choose another meta.files"
-                )
+                raise InputError(f"meta.files is {count}: it must divide {name}, {size}")
         rows = options.embedding == "rows" or (options.embedding == "auto" and config.vocab_size > _LLAMA3_VOCABULARY)
         self._config, self._count = config, count
         self._embedding_split = 0 if rows else 1
@@ -320,15 +322,15 @@ class Writer:
         self._files = [pth.Writer(folder / f"consolidated.{i:02d}.pth", contents) for i in range(count)]
 
     def _parts(self, tensor: param_mapping.Tensor) -> list[tuple[str, int | None]]:
-        """Names under which a tensor is written, and the dimension split; a tied embedding is Meta's head as well."""
-        if tensor.weight.name != "embedding":
-            return [(tensor.meta_name, tensor.weight.meta_split)]
+        """Names under which to write a tensor, and the split dimension. A tied embedding is also written as head."""
+        if tensor.spec.name != "embedding":
+            return [(tensor.meta_name, tensor.spec.meta_split)]
         head = [("output.weight", 0)] if self._config.tie_word_embeddings else []
         return [(tensor.meta_name, self._embedding_split), *head]
 
     def write(self, tensor: param_mapping.Tensor, array: np.ndarray) -> None:
-        """Takes the next tensor."""
-        if tensor.weight.meta_pairs:
+        """Writes the next tensor."""
+        if tensor.spec.meta_pairs:
             array = pairs(array, self._config.head_dim)
         for name, split in self._parts(tensor):
             for number, file in enumerate(self._files):
@@ -338,12 +340,12 @@ class Writer:
                 file.write(name, piece)
 
     def close(self) -> None:
-        """Finishes the files."""
+        """Completes and closes the files."""
         for file in self._files:
             file.close()
 
     def discard(self) -> None:
-        """Closes the files, unfinished."""
+        """Closes the files without completing them."""
         for file in self._files:
             file.discard()
 
@@ -357,7 +359,7 @@ def write(
     verify: bool = True,
     quiet: bool = False,
 ) -> None:
-    """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `hf.write`."""
+    """Writes a model into an empty folder and, if `verify` is true, reads it back and compares it; see `hf.write`."""
     dtypes = reader.dtypes
     writer = Writer(pathlib.Path(folder), config, reader.order, dtypes, options)
     digests = pipeline.copy(reader, writer, verify, quiet)

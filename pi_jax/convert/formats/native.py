@@ -1,5 +1,8 @@
-"""pi_jax's own folders, a run or a converted model: `checkpoints/` (weights, by Orbax) and `model/` (config.json in
-Hugging Face form, tokenizer files)."""
+"""Reads and writes pi_jax's own folders, which are runs or converted models.
+
+Such a folder contains `checkpoints/` (weights, in Orbax format) and `model/` (config.json in Hugging Face's format,
+tokenizer files).
+"""
 
 import contextlib
 from typing import Any
@@ -16,27 +19,35 @@ from pi_jax.convert.verify import readback
 from pi_jax.errors import InputError
 
 MODEL = "model"
+"""Subfolder with the config and tokenizer files."""
 CHECKPOINTS = "checkpoints"
+"""Subfolder with the checkpoints."""
 EXPORTS = "hf"
-"""Hugging Face folders that a run writes while it trains."""
+"""Subfolder with the Hugging Face folders that a run exports during training."""
 _PREFIX = "model."
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {
-        name: ((len(tensors),) if tensors[0].weight.stacked else ()) + tensors[0].weight.shape(config)
+        name: ((len(tensors),) if tensors[0].spec.stacked else ()) + tensors[0].spec.shape(config)
         for name, tensors in param_mapping.stacks(config).items()
     }
 
 
 class Reader:
-    """The weights of a checkpoint, in Hugging Face's shapes, read a layer at a time."""
+    """Reads the weights of a checkpoint one layer at a time, in Hugging Face's shapes."""
 
     def __init__(self, folder: Any, config: ModelConfig, step: int | None = None, opened: Checkpoints | None = None):
-        """Opens the newest checkpoint, or that of `step`. One of several processes alone can read only an `opened` one.
+        """Opens a checkpoint.
+
+        Args:
+          folder: folder of the run or converted model.
+          config: architecture.
+          step: checkpoint to open; None selects the newest.
+          opened: the folder's checkpoints, if they are already open. Required if only one of several processes reads.
 
         Raises:
-          InputError: if it is not there or not of this model.
+          InputError: if the checkpoint does not exist or belongs to another model.
         """
         path = epath.Path(folder) / CHECKPOINTS
         if not path.is_dir():
@@ -48,21 +59,21 @@ class Reader:
         stacks = param_mapping.stacks(config)
         by_stack = [tensor for tensors in stacks.values() for tensor in tensors]
         self.order = param_mapping.tensors(config) if self._weights.layers_apart else by_stack
-        self.dtypes = {tensor.name: self._weights.dtypes[tensor.weight.name] for tensor in by_stack}
+        self.dtypes = {tensor.name: self._weights.dtypes[tensor.spec.name] for tensor in by_stack}
         self._shapes = {tensor.name: tensor.shape for tensor in by_stack}
         self._where = str(path)
 
     def read(self, tensor: param_mapping.Tensor, index: param_mapping.Index = (...,)) -> np.ndarray:
-        """See `stream.Reader`."""
-        array = self._weights.read(tensor.weight.name, tensor.layer)
+        """See `pipeline.Reader`."""
+        array = self._weights.read(tensor.spec.name, tensor.layer)
         return pipeline.require_finite(self._where, tensor.name, array).reshape(self._shapes[tensor.name])[index]
 
 
 class Writer:
-    """A checkpoint of weights alone; `train.init_from`, evaluate and convert take its folder like any model."""
+    """Writes a checkpoint that contains only weights. `train.init_from`, evaluate and convert accept its folder."""
 
     def __init__(self, folder: epath.Path, config: ModelConfig, dtypes: pipeline.Dtypes):
-        """Lays it out in `folder`.
+        """Creates the checkpoint in `folder`, without values.
 
         Raises:
           InputError: if the layers of one parameter have different dtypes.
@@ -73,20 +84,20 @@ class Writer:
             kinds = {dtypes[tensor.name] for tensor in tensors}
             if len(kinds) > 1:
                 found = " and ".join(sorted(kind.name for kind in kinds))
-                raise InputError(f"{name} is {found} in different layers: choose one with --dtype")
+                raise InputError(f"{name} is {found} in different layers: select one dtype with --dtype")
             shapes[name] = (_shapes(config)[name], kinds.pop())
         self._writer = WeightsWriter(folder / CHECKPOINTS, shapes, _PREFIX)
 
     def write(self, tensor: param_mapping.Tensor, array: np.ndarray) -> None:
-        """Takes the next tensor."""
-        self._writer.write(tensor.weight.name, tensor.layer, array.reshape(tensor.weight.shape(self._config)))
+        """Writes the next tensor."""
+        self._writer.write(tensor.spec.name, tensor.layer, array.reshape(tensor.spec.shape(self._config)))
 
     def close(self) -> None:
         """Finishes the checkpoint."""
         self._writer.close()
 
     def discard(self) -> None:
-        """Nothing is open between two writes."""
+        """Does nothing: no file is open between two writes."""
 
 
 def write(
@@ -97,7 +108,7 @@ def write(
     verify: bool = True,
     quiet: bool = False,
 ) -> None:
-    """Fills an empty folder from a reader and, with `verify`, compares what then lies there; see `hf.write`."""
+    """Writes a model into an empty folder and, if `verify` is true, reads it back and compares it; see `hf.write`."""
     dtypes = reader.dtypes
     digests = pipeline.copy(reader, Writer(folder, config, dtypes), verify, quiet)
     (folder / MODEL).mkdir()

@@ -1,9 +1,9 @@
-"""torch's `.pth` files, as Meta publishes them: zip archives of a pickle and raw tensors.
+"""Reads and writes torch's `.pth` files, as published by Meta: zip archives of a pickle and raw tensors.
 
-Reading: torch's own weights-only unpickler says which tensors there are and where in the file they lie; it builds
-nothing but tensors, and of those no data. The bytes are then read plainly, as a mapped file would count as memory once
-touched.
-Writing: torch.save wants all tensors at once, so the archive is written here, a tensor at a time.
+To read a file, torch's weights-only unpickler lists the tensors and their offsets. It creates nothing but tensors
+without data. The bytes are then read with ordinary file reads, because touched pages of a mapped file count as resident
+memory. To write a file, this module creates the archive itself, one tensor at a time, because torch.save needs all
+tensors in memory.
 """
 
 import collections
@@ -24,12 +24,16 @@ from pi_jax.convert.param_mapping import Index
 from pi_jax.convert.pipeline import require_finite, require_float
 from pi_jax.errors import InputError
 
-_OLDEST_TORCH = (2, 10)  # before it, files could corrupt memory (CVE-2026-24747) or run code (CVE-2025-32434)
+_OLDEST_TORCH = (2, 10)  # in older versions, a file can corrupt memory (CVE-2026-24747) or run code (CVE-2025-32434)
 _ALIGNMENT = 64
 
 
 def require_torch() -> Any:
-    """torch, if it is there and safe to open files with."""
+    """Imports torch and checks that this version opens files safely.
+
+    Raises:
+      InputError: if torch is not installed or too old.
+    """
     try:
         import torch
     except ImportError:
@@ -37,45 +41,45 @@ def require_torch() -> Any:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST_TORCH:
         raise InputError(
-            f"torch {torch.__version__} is not safe to open .pth files with (CVE-2026-24747): install 2.10 or newer"
+            f"torch {torch.__version__} does not open .pth files safely (CVE-2026-24747): install 2.10 or newer"
         )
     return torch
 
 
 class File:
-    """One `.pth` file, opened; reads what it is asked for and nothing more."""
+    """An open `.pth` file. Reads only the tensors and rows that are requested."""
 
     def __init__(self, path: pathlib.Path):
-        """Reads and checks the table of contents.
+        """Reads and checks the list of tensors.
 
         Raises:
-          InputError: if the file is not a whole archive of plain tensors.
+          InputError: if the file is not a complete archive of plain tensors.
         """
         self.path = path
         torch = require_torch()
         try:
             with zipfile.ZipFile(path) as archive:
                 if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                    raise InputError(f"{path} is compressed inside, which torch.save never does: refused")
+                    raise InputError(f"{path} contains compressed records: torch.save writes them uncompressed")
             state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
             raise InputError(
-                f"{path} holds more than plain tensors ({reason.strip()[:160] or 'its pickle is refused'}): "
-                "nothing of it was run; convert it to safetensors where it was made"
+                f"{path} contains more than plain tensors ({reason.strip()[:160] or 'its pickle is rejected'}): none "
+                "of its code was run; convert it to safetensors where it was created"
             ) from None
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is no whole .pth file: {str(error).splitlines()[0][:160]}") from None
+            raise InputError(f"{path} is not a complete .pth file: {str(error).splitlines()[0][:160]}") from None
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise InputError(
-                f"{path} holds a {type(state).__name__} with more than tensors: it must be a table of them"
+                f"{path} contains a {type(state).__name__}: it must contain a dict whose values are all tensors"
             )
         size = os.path.getsize(path)
         self.entries = {str(name): _entry(path, str(name), tensor, size) for name, tensor in state.items()}
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (lives as long as this object)
 
     def read(self, name: str, rows: slice) -> np.ndarray:
-        """Rows of a tensor."""
+        """Reads rows of a tensor."""
         entry = self.entries[name]
         require_float(str(self.path), name, entry.dtype)
         return require_finite(str(self.path), name, read_rows(self._file, self.path, name, entry, rows))
@@ -88,23 +92,23 @@ def _entry(path: pathlib.Path, name: str, tensor: Any, size: int) -> Entry:
     end = offset + math.prod(shape) * tensor.element_size()
     within = tensor.storage_offset() * tensor.element_size() + math.prod(shape) * tensor.element_size()
     if not tensor.is_contiguous() or within > tensor.untyped_storage().nbytes() or end > size:
-        raise InputError(f"{path}: {name} claims {dtype}{list(shape)}, which the file does not hold row by row")
+        raise InputError(f"{path}: {name} is stated to be {dtype}{list(shape)}, but it is not stored row by row")
     return Entry(dtype, shape, offset)
 
 
 class Joined:
-    """A tensor whose parts lie in several files."""
+    """A tensor that is split over several files."""
 
     def __init__(self, files: list[File], name: str, dimension: int | None):
-        """Checks that the parts are of one kind.
+        """Checks that all parts have the same shape and dtype.
 
         Args:
-          files: all of them.
-          name: of the tensor.
-          dimension: that the files split; None: each holds all of it.
+          files: all files of the model.
+          name: name of the tensor.
+          dimension: dimension along which the files split it; None if each file contains the complete tensor.
 
         Raises:
-          InputError: naming the file whose part is missing or different.
+          InputError: if a part is missing or different; the message names its file.
         """
         self._files, self._name, self._dimension = files, name, dimension
         first = files[0].entries.get(name)
@@ -123,7 +127,7 @@ class Joined:
         self.shape = tuple(n * len(files) if i == dimension else n for i, n in enumerate(first.shape))
 
     def read(self, index: Index) -> np.ndarray:
-        """The part within `index`, which has a slice a dimension."""
+        """Returns the part selected by `index`, which has one slice per dimension."""
         if self._dimension is None:
             return self._files[0].read(self._name, index[0])[(slice(None), *index[1:])]
         size = self._part[self._dimension]
@@ -139,15 +143,17 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """Stands for a tensor's bytes in the pickle."""
+    """Represents a tensor's bytes in the pickle."""
 
     kind: type
+    """torch's storage class, which implies the dtype."""
     key: str
+    """Name of the record with the bytes."""
     elements: int
 
 
 class _Tensor:
-    """Pickles as torch pickles a contiguous tensor."""
+    """Is pickled in the same way as torch pickles a contiguous tensor."""
 
     def __init__(self, storage: _Storage, shape: tuple[int, ...]):
         self._storage, self._shape = storage, shape
@@ -165,14 +171,14 @@ class _Pickler(pickle.Pickler):
 
 
 class Writer:
-    """One file; tensors come in the order announced."""
+    """Writes one `.pth` file, one tensor at a time."""
 
     def __init__(self, path: pathlib.Path, contents: dict[str, tuple[str, tuple[int, ...]]]):
-        """Writes the table of contents.
+        """Creates the file and writes the list of tensors.
 
         Args:
-          path: of the file.
-          contents: name -> dtype and shape.
+          path: file to create.
+          contents: name of each tensor -> its dtype and shape, in the order in which they will be written.
         """
         torch = require_torch()
         kinds = {"float32": torch.FloatStorage, "float16": torch.HalfStorage, "bfloat16": torch.BFloat16Storage}
@@ -181,19 +187,19 @@ class Writer:
         self._names = list(contents)
         self._file = open(path, "wb")  # noqa: SIM115  (closed by `close`)
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        table = {
+        tensors = {
             name: _Tensor(_Storage(kinds[dtype], str(i), math.prod(shape)), shape)
             for i, (name, (dtype, shape)) in enumerate(contents.items())
         }
         stream = io.BytesIO()
-        _Pickler(stream, protocol=2).dump(table)
+        _Pickler(stream, protocol=2).dump(tensors)
         self._record("data.pkl", stream.getvalue())
         self._record("byteorder", b"little")
 
     def _record(self, name: str, data: Any) -> None:
         info = zipfile.ZipInfo(f"{self._prefix}/{name}")
-        # torch maps tensors where they lie: data start at a multiple of 64, by an extra field of the right length.
-        # 30 bytes of header, the name, 20 bytes for sizes beyond 4 GB, 4 bytes of the field itself.
+        # torch memory-maps tensors, so their data must start at a multiple of 64; an extra field pads the header.
+        # The header has 30 bytes, the name, 20 bytes for sizes beyond 4 GB, and 4 bytes for the extra field itself.
         start = self._file.tell() + 30 + len(info.filename) + 20 + 4
         padding = -start % _ALIGNMENT
         info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
@@ -202,19 +208,19 @@ class Writer:
         start_storing(self._file, len(data))
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Takes the next tensor."""
+        """Writes the next tensor."""
         place = len(self._contents) - len(self._names)
         assert self._names.pop(0) == name and (array.dtype.name, array.shape) == self._contents[name]
         self._record(f"data/{place}", memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
     def close(self) -> None:
-        """Finishes the archive."""
+        """Completes and closes the archive."""
         assert not self._names
         self._record("version", b"3\n")
         self._archive.close()
         finish(self._file)
 
     def discard(self) -> None:
-        """Closes the file, unfinished."""
-        self._archive.fp = None  # else it would be completed when it is collected
+        """Closes the file without completing it."""
+        self._archive.fp = None  # otherwise the archive is completed when it is garbage-collected
         discard(self._file)

@@ -1,7 +1,8 @@
-"""safetensors files, read and written a tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The library maps a file whole into memory when it reads and wants a whole file in memory when it writes; models are
-larger than that. The format is a length, a JSON header and the bytes. A written file is read back by the library.
+The safetensors library maps complete files into memory to read them and needs a complete file in memory to write it,
+which large models do not allow. The format is simple: a length, a JSON header and the raw bytes. Files written here are
+verified with the library.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import math
 import os
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
+import ml_dtypes  # noqa: F401  (adds bfloat16 to NumPy)
 import numpy as np
 from etils import epath
 
@@ -22,27 +23,29 @@ from pi_jax.errors import InputError
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {numpy: name for name, numpy in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the library's own bound
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in its file."""
+    """Layout of a tensor in its file."""
 
     dtype: str
+    """NumPy name of the dtype, or the name in the file if NumPy has no such dtype."""
     shape: tuple[int, ...]
     offset: int
+    """Position of the first byte in the file."""
 
 
 class File:
-    """One file, opened; reads what it is asked for and nothing more."""
+    """An open safetensors file. Reads only the tensors and rows that are requested."""
 
     def __init__(self, path: epath.Path):
         """Reads and checks the header.
 
         Raises:
-          InputError: if the header or the sizes are not those of a whole file.
+          InputError: if the file is truncated or its header is invalid.
         """
         self.path = path
         try:
@@ -50,13 +53,14 @@ class File:
             self._size = self._file.seek(0, os.SEEK_END)
             self.entries = self._header()
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is no whole safetensors file: {str(error) or type(error).__name__}") from None
+            reason = str(error) or type(error).__name__
+            raise InputError(f"{path} is not a complete safetensors file: {reason}") from None
 
     def _header(self) -> dict[str, Entry]:
         self._file.seek(0)
         length = int.from_bytes(self._file.read(8), "little")
         if self._size < 8 or length > min(_MAX_HEADER, self._size - 8):
-            raise ValueError(f"its header claims {length} bytes, the file has {self._size}")
+            raise ValueError(f"its header has {length} bytes, but the file has {self._size}")
         header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         entries, data, end = {}, self._size - 8 - length, 0
@@ -64,17 +68,17 @@ class File:
             shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
             dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
             if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) or not start <= stop <= data:
-                raise ValueError(f"{name} claims bytes {start} to {stop} of {data}")
+                raise ValueError(f"the header gives {name} bytes {start} to {stop} of {data}")
             if entry["dtype"] in _DTYPES and stop - start != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise ValueError(f"{name} has {stop - start} bytes, which is not what {dtype}{list(shape)} takes")
+                raise ValueError(f"{name} has {stop - start} bytes, which is not the size of {dtype}{list(shape)}")
             entries[name] = Entry(dtype, shape, 8 + length + start)
             end = max(end, stop)
         if end != data:
-            raise ValueError(f"its tensors end at byte {end} of {data}")
+            raise ValueError(f"its tensors have {end} bytes, but {data} follow the header")
         return entries
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        """A tensor, or a part of it: only its rows within `index` are read."""
+        """Returns a tensor, or the part of it selected by `index`. Reads only the rows that `index` selects."""
         entry = self.entries[name]
         require_float(str(self.path), name, entry.dtype)
         rows = index[0] if isinstance(index[0], slice) else slice(None)
@@ -83,7 +87,7 @@ class File:
 
 
 def read_rows(file: Any, path: Any, name: str, entry: Entry, rows: slice) -> np.ndarray:
-    """Rows of a row-major tensor at `entry.offset` of an open file."""
+    """Reads rows of the row-major tensor at `entry.offset` of an open file."""
     start, stop, _ = rows.indices(entry.shape[0])
     array = np.empty((stop - start, *entry.shape[1:]), entry.dtype)
     view = memoryview(array.reshape(-1).view(np.uint8))
@@ -93,7 +97,7 @@ def read_rows(file: Any, path: Any, name: str, entry: Entry, rows: slice) -> np.
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
-                raise InputError(f"{path}: {name} is cut off")
+                raise InputError(f"{path} is truncated: it ends within {name}")
             done += count
     except OSError as error:
         raise InputError(f"{path}: {name} cannot be read: {error.strerror or error}") from None
@@ -103,14 +107,22 @@ def read_rows(file: Any, path: Any, name: str, entry: Entry, rows: slice) -> np.
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name comes twice in its header")
+        raise ValueError("its header contains a name twice")
     return found
 
 
 class Writer:
-    """Files of at most `shard_bytes`, and their index if there are several; tensors come in the order announced."""
+    """Writes one or several safetensors files and, if there are several, their index."""
 
     def __init__(self, folder: epath.Path, order: list[Tensor], dtypes: Dtypes, shard_bytes: int):
+        """Assigns the tensors to files.
+
+        Args:
+          folder: folder in which to create the files.
+          order: all tensors, in the order in which they will be written.
+          dtypes: dtype of each tensor.
+          shard_bytes: maximum size of a file; a larger tensor gets its own file.
+        """
         self._folder = folder
         self._dtypes = dtypes
         self._shards: list[list[Tensor]] = [[]]
@@ -147,7 +159,7 @@ class Writer:
         return len(text).to_bytes(8, "little") + text
 
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Takes the next tensor."""
+        """Writes the next tensor."""
         if not self._left:
             self._left = list(self._shards[self._current])
             self._file = (self._folder / self._name(self._current)).open("wb")
@@ -160,7 +172,7 @@ class Writer:
             self._current += 1
 
     def close(self) -> None:
-        """Writes the index."""
+        """Writes the index, if there are several files."""
         assert self._current == len(self._shards)
         if len(self._shards) > 1:
             weight_map = {t.name: self._name(i) for i, shard in enumerate(self._shards) for t in shard}
@@ -168,26 +180,26 @@ class Writer:
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def discard(self) -> None:
-        """Closes the file in hand, unfinished."""
+        """Closes the current file without completing it."""
         if self._file is not None:
             discard(self._file)
 
 
 def discard(file: Any) -> None:
-    """Closes a file whose content no longer matters."""
+    """Closes a file whose content is no longer needed, ignoring errors."""
     with contextlib.suppress(OSError, ValueError):
         file.close()
 
 
 def start_storing(file: Any, nbytes: int) -> None:
-    """Has the disk begin with the bytes just written, so that it does not wait for the last."""
+    """Makes the kernel start writing the last `nbytes` bytes to disk, so that the final `fsync` is short."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(io.UnsupportedOperation):
             os.posix_fadvise(file.fileno(), file.tell() - nbytes, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def finish(file: Any) -> None:
-    """Closes a written file; a local one is on the disk then, not only on its way."""
+    """Closes a written file. A local file is on disk when this returns."""
     file.flush()
     with contextlib.suppress(io.UnsupportedOperation):
         os.fsync(file.fileno())

@@ -1,1 +1,1 @@
-"""Checks of a finished conversion by code that the writers don't use."""
+"""Verifies a finished conversion with code that is independent of the writers."""

@@ -1,8 +1,8 @@
-"""The last proof: pi_jax and transformers compute the same logits, inside the original window and far beyond it.
+"""Checks that pi_jax and transformers compute the same logits, inside the original window and beyond it.
 
-Both read a small part of the model, the first layers, rows of the vocabulary and, where it is large, feed-forward
-channels and heads: a model in its own right, on which a wrong name, order of rows, RoPE scaling or norm shows as on the
-whole, and which does not need its memory. The two take different ways to it: pi_jax its own readers, transformers its
+To keep memory low, both load only a part of the model: the first layers, the first vocabulary entries and, for large
+models, the first feed-forward channels and heads. The part is itself a complete model, so a wrong name, row order, RoPE
+scaling or norm shows up as it would in the complete model. pi_jax loads it with its own readers, transformers with its
 own parser of config.json and the safetensors library.
 """
 
@@ -20,14 +20,14 @@ from pi_jax.convert.verify import readback
 from pi_jax.errors import InputError
 from pi_jax.parallel import placement, sharding
 
-_PARAMETERS = 16_000_000  # of the part; at least a layer
+_PARAMETERS = 16_000_000  # size of the part; it has at least one layer
 _VOCABULARY, _CHANNELS, _TOKENS = 512, 1024, 48
 TOLERANCE = 1e-3
-"""Largest difference, as a part of the largest logit where that is above 1."""
+"""Largest allowed difference of logits, relative to the largest logit if that is above 1."""
 
 
 def part_of(config: ModelConfig) -> ModelConfig:
-    """The first layers, vocabulary rows and, in large models, feed-forward channels and heads of an architecture."""
+    """Returns the architecture of the part to compare: fewer layers, vocabulary entries, channels and heads."""
     small = dataclasses.replace(
         config,
         vocab_size=min(config.vocab_size, _VOCABULARY),
@@ -47,7 +47,7 @@ def part_of(config: ModelConfig) -> ModelConfig:
 
 
 def spread_positions(config: ModelConfig) -> np.ndarray:
-    """Positions from both the original window and beyond it, up to the last of the extended one."""
+    """Returns positions inside the original window and beyond it, up to the end of the extended window."""
     inside, last = config.original_window, config.max_position_embeddings
     half = _TOKENS // 2
     places = np.concatenate([np.linspace(0, inside - 1, half), np.linspace(min(inside, last - 1), last - 1, half)])
@@ -55,7 +55,7 @@ def spread_positions(config: ModelConfig) -> np.ndarray:
 
 
 def available() -> bool:
-    """Whether transformers can compute: it needs torch."""
+    """Whether torch, which transformers needs to compute logits, is installed."""
     return importlib.util.find_spec("torch") is not None
 
 
@@ -63,15 +63,15 @@ def compare(reader: pipeline.Reader, config: ModelConfig, folder: Any) -> str:
     """Compares the logits of a model with those that transformers computes from a Hugging Face folder.
 
     Args:
-      reader: the model's weights.
-      config: its architecture.
-      folder: the Hugging Face folder, on this machine.
+      reader: weights of the model.
+      config: architecture of the model.
+      folder: Hugging Face folder. A remote folder is not compared.
 
     Returns:
-      What was compared, in words.
+      A phrase that says what was compared.
 
     Raises:
-      InputError: if they differ.
+      InputError: if the logits differ by more than the tolerance.
     """
     if is_remote(folder):
         return "logits not compared (remote folder)"
@@ -83,8 +83,8 @@ def compare(reader: pipeline.Reader, config: ModelConfig, folder: Any) -> str:
     difference, scale = float(np.abs(ours - theirs).max()), max(1.0, float(np.abs(theirs).max()))
     if not difference <= TOLERANCE * scale:
         raise InputError(
-            f"{folder}: transformers computes other logits than pi_jax, by {difference:.2g} at positions up to "
-            f"{positions[-1]} (allowed: {TOLERANCE * scale:.2g})"
+            f"{folder}: the logits of transformers and pi_jax differ by {difference:.2g} at positions up to "
+            f"{positions[-1]}, but at most {TOLERANCE * scale:.2g} is allowed"
         )
     beyond = f" and beyond it to {positions[-1]:,}" if positions[-1] >= config.original_window else ""
     return (
@@ -116,10 +116,13 @@ def _theirs(folder: Any, small: ModelConfig, tokens: np.ndarray, positions: np.n
     state = {t.name: torch.from_numpy(read(t).astype(np.float32)) for t in param_mapping.tensors(small)}
     found = model.load_state_dict(state, strict=False, assign=True)
     if set(found.missing_keys) - {"lm_head.weight"} or found.unexpected_keys:
-        raise InputError(f"{folder}: transformers wants other tensors ({found.missing_keys}, {found.unexpected_keys})")
+        raise InputError(
+            f"{folder}: transformers expects other tensors: missing {found.missing_keys}, unexpected "
+            f"{found.unexpected_keys}"
+        )
     model.tie_weights()
     with torch.no_grad():
-        # Without a mask, transformers takes jumping positions for packed documents and hides one from the other.
+        # Without a mask, transformers interprets gaps between positions as packed documents and masks between them.
         out = model.eval()(
             torch.from_numpy(tokens.astype(np.int64))[None],
             position_ids=torch.from_numpy(positions.astype(np.int64))[None],

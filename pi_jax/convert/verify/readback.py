@@ -1,8 +1,8 @@
-"""What was written, read by other people's code: safetensors' own library, torch, Orbax.
+"""Reads written weights back with third-party code: the safetensors library, torch or Orbax.
 
-Each function opens a target and returns a function from a tensor to its value in Hugging Face's order, in which nothing
-of our readers takes part. The libraries map files into memory; they are opened anew after some hundred megabytes, so
-that what they have touched does not add up.
+Each function opens a target and returns a function from a tensor to its value in Hugging Face's layout, without using
+pi_jax's readers. Because the libraries map files into memory, a file is reopened after every 256 MiB, so that touched
+pages do not accumulate.
 """
 
 import os
@@ -19,11 +19,12 @@ from pi_jax.convert import param_mapping, pipeline
 from pi_jax.convert.folders import is_remote, read_json
 
 Read = Callable[[param_mapping.Tensor], np.ndarray]
+"""Function from a tensor to its value."""
 _MAPPED_BYTES = 256 << 20
 
 
 class _Opened:
-    """A file opened by a library, again and again."""
+    """Opens files with a library and reopens them once a limit of bytes has been read."""
 
     def __init__(self, opener: Callable[[str], Any], share: int = 1):
         self._opener, self._limit = opener, _MAPPED_BYTES // share
@@ -32,13 +33,13 @@ class _Opened:
 
     def __call__(self, path: Any) -> Any:
         if str(path) != self._path or self._read > self._limit:
-            self._file = None  # the old mapping goes before the new one comes
+            self._file = None  # release the old mapping before creating a new one
             self._path, self._file, self._read = str(path), self._opener(str(path)), 0
             self._read_ahead()
         return self._file
 
     def _read_ahead(self) -> None:
-        """Tells the system what comes next: of a mapped file it would fetch little at a time."""
+        """Prefetches the next part of the file, because the kernel reads mapped files in small pieces."""
         if hasattr(os, "posix_fadvise"):
             with open(self._path, "rb") as file:
                 start = self._done.get(self._path, 0)
@@ -50,7 +51,7 @@ class _Opened:
 
 
 def hf(folder: epath.Path) -> Read:
-    """By the safetensors library; on remote storage, which it does not know, by our own reader."""
+    """Reads with the safetensors library, or with pi_jax's reader on remote storage, which it does not support."""
     import safetensors
 
     index = folder / "model.safetensors.index.json"
@@ -68,7 +69,7 @@ def hf(folder: epath.Path) -> Read:
 
 
 def meta(folder: epath.Path, config: ModelConfig) -> Read:
-    """By torch, put together as Hugging Face's own conversion script does."""
+    """Reads with torch and joins the parts as Hugging Face's conversion script does."""
     import ml_dtypes
     import torch
 
@@ -82,12 +83,12 @@ def meta(folder: epath.Path, config: ModelConfig) -> Read:
 
     def read(tensor: param_mapping.Tensor) -> np.ndarray:
         parts = [file(path)[tensor.meta_name] for file, path in zip(opened, files, strict=True)]
-        split = tensor.weight.meta_split
-        if tensor.weight.name == "embedding" and parts[0].shape[1] == config.hidden_size:
+        split = tensor.spec.meta_split
+        if tensor.spec.name == "embedding" and parts[0].shape[1] == config.hidden_size:
             split = 0
         whole = parts[0].clone() if split is None or len(parts) == 1 else torch.cat(parts, dim=split)
-        if tensor.weight.name in heads:
-            count, (rows, columns) = heads[tensor.weight.name], whole.shape
+        if tensor.spec.name in heads:
+            count, (rows, columns) = heads[tensor.spec.name], whole.shape
             whole = whole.view(count, rows // count // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
         if whole.dtype == torch.bfloat16:
             array = whole.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -101,28 +102,28 @@ def meta(folder: epath.Path, config: ModelConfig) -> Read:
 
 
 def run(folder: epath.Path, config: ModelConfig, dtypes: pipeline.Dtypes) -> Read:
-    """By Orbax, an array of stacked layers at a time."""
+    """Reads with Orbax, one array of stacked layers at a time."""
     tensors = param_mapping.stacks(config)
     held: dict[str, np.ndarray] = {}
     checkpoints = Checkpoints(folder, CheckpointConfig(), writer=False)
 
     def read(tensor: param_mapping.Tensor) -> np.ndarray:
-        name = tensor.weight.name
+        name = tensor.spec.name
         if name not in held:
             held.clear()
-            stacked = (len(tensors[name]),) if tensor.weight.stacked else ()
+            stacked = (len(tensors[name]),) if tensor.spec.stacked else ()
             place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            shape = jax.ShapeDtypeStruct(stacked + tensor.weight.shape(config), dtypes[tensor.name], sharding=place)
+            shape = jax.ShapeDtypeStruct(stacked + tensor.spec.shape(config), dtypes[tensor.name], sharding=place)
             stored = f"model.{name}"
             held[name] = np.asarray(checkpoints.load_unchecked(0, {stored: shape})[stored])
-        # A copy, as a view would keep the array while the next one comes.
+        # Copy: a view would keep this array in memory while the next one is loaded.
         return np.array(held[name] if tensor.layer is None else held[name][tensor.layer]).reshape(tensor.shape)
 
     return read
 
 
 def hf_part(folder: Any) -> Read:
-    """As `hf`, of a smaller model: the first rows and columns that a tensor's shape asks for."""
+    """Like `hf`, but for a smaller model: reads only the first rows and columns, as given by a tensor's shape."""
     import safetensors
 
     index = epath.Path(folder) / "model.safetensors.index.json"
