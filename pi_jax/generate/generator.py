@@ -10,7 +10,6 @@ Shapes: B rows, S tokens of a chunk, D hidden, V vocabulary, L layers; a row is 
 """
 
 import functools
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pi_jax import rope
+from pi_jax import log, rope
 from pi_jax.config import ModelConfig
 from pi_jax.errors import InputError
 from pi_jax.generate import kv_cache, sampling
@@ -270,9 +269,8 @@ def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
 
 def warn_beyond_window(config: ModelConfig, length: int) -> None:
     """Says so on stderr if a length is beyond the window that the model is scaled to."""
-    if length > config.max_position_embeddings and jax.process_index() == 0:
-        print(
-            f"warning: a length of {length} tokens is beyond the {config.max_position_embeddings} that the model is "
-            f"scaled to ({config.rope})",
-            file=sys.stderr,
+    if length > config.max_position_embeddings:
+        log.warn(
+            f"a length of {length} tokens is beyond the {config.max_position_embeddings} that the model is "
+            f"scaled to ({config.rope})"
         )

@@ -23,7 +23,7 @@ from pi_jax.convert.folders import (
 )
 from pi_jax.convert.formats import safetensors
 from pi_jax.convert.verify import readback
-from pi_jax.errors import InputError
+from pi_jax.errors import InputError, some
 from pi_jax.model import Llama
 
 SHARD_BYTES = 5 * 10**9
@@ -197,8 +197,8 @@ def require_names(folder: Any, wanted: set[str], found: set[str], asker: str) ->
     """Checks that the tensors there are just those that a config asks for."""
     missing, extra = wanted - found, found - wanted
     if missing or extra:
-        what = f"lacks {_some(missing)}" if missing else f"holds {_some(extra)}, which {asker} does not ask for"
-        raise InputError(f"{folder} {what}")
+        unasked = f"holds {some(sorted(extra))}, which {asker} does not ask for"
+        raise InputError(f"{folder} {f'lacks {some(sorted(missing))}' if missing else unasked}")
 
 
 def require_shape(what: str, found: tuple[int, ...], wanted: tuple[int, ...], asker: str) -> None:
@@ -211,11 +211,6 @@ def require_same(folder: str, found: ModelConfig, wanted: ModelConfig) -> None:
     """Checks that a written folder's config reads back as what was meant."""
     if found != wanted:
         raise InputError(f"{folder}: the config read back as {found}, not {wanted}")
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load(folder: str, config: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> Llama:
