@@ -1,11 +1,12 @@
 """Entry point and error handling of every command: `pi-jax NAME` is the same as `python -m pi_jax.NAME`."""
 
+import contextlib
 import importlib
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pi_jax.errors import InputError
@@ -63,13 +64,20 @@ def require_writable(path: str) -> None:
         raise InputError(f"{path} cannot be written: it must be a file in a folder that can be written")
 
 
-def write_json(path: str, value: Any) -> None:
-    """Writes `value` as JSON, atomically."""
+@contextlib.contextmanager
+def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary file beside `path` that replaces it if the body succeeds."""
     target = pathlib.Path(path)
+    temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(temporary, target)
+        yield temporary
+        temporary.replace(target)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes `value` as JSON, atomically; what JSON does not know, as text."""
+    with new_file(path) as file:
+        file.write_text(json.dumps(value, indent=2, default=str) + "\n")

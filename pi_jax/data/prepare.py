@@ -6,15 +6,13 @@ are passed to the tokenizer in batches, which it processes in parallel threads.
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import tqdm
 import tyro
 
-from pi_jax import cli
+from pi_jax import cli, log
 from pi_jax.data import documents, store
 from pi_jax.data.tokenizer import Prompt, encode, load_tokenizer, special_tokens
 from pi_jax.errors import InputError
@@ -146,7 +144,7 @@ def prepare(options: Options) -> Summary:
         overwrite=options.overwrite,
     )
     started = time.monotonic()
-    with writer, _progress(total=sum(map(sum, sizes.values()))) as bar:
+    with writer, log.progress(sum(map(sum, sizes.values())), "tokenizing", "B") as bar:
         for batch in _batches(documents.read_documents(options.input, options.text_field, options.prompt_field)):
             texts = [document.text for document in batch]
             before = prompt.encode(tokenizer, [d.prompt for d in batch]) if options.prompt_field else [[]] * len(batch)
@@ -162,11 +160,6 @@ def prepare(options: Options) -> Summary:
         if not writer.num_documents:
             raise InputError(f"--input {' '.join(options.input)} contains no text, only {empty} empty documents")
     return _summarize(options, characters, empty, time.monotonic() - started)
-
-
-def _progress(total: int) -> tqdm.tqdm:
-    seconds = 0.2 if sys.stderr.isatty() else 30  # write few lines to a log file
-    return tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=seconds)
 
 
 def _batches(stream: Iterable[documents.Document]) -> Iterator[list[documents.Document]]:

@@ -22,7 +22,6 @@ import tyro
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from pi_jax import cli, log
 from pi_jax.errors import InputError
@@ -105,7 +104,7 @@ class HarnessModel(TemplateLM):
         buckets: dict[int, list[int]] = {}
         for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i])):
             buckets.setdefault(self._lengths[bisect.bisect_left(self._lengths, len(rows[i]))], []).append(i)
-        with self._bar(len(rows), "log-likelihoods", disable_tqdm) as bar:
+        with log.progress(len(rows), "log-likelihoods", "request", disable_tqdm) as bar:
             for length, members in buckets.items():
                 size = self._rows(length, len(members))
                 for batch in (members[at : at + size] for at in range(0, len(members), size)):
@@ -144,7 +143,7 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        with self._bar(len(requests), "texts", disable_tqdm) as bar:
+        with log.progress(len(requests), "texts", "request", disable_tqdm) as bar:
             for members in groups.values():
                 kwargs = normalize_gen_kwargs(requests[members[0]].args[1], _DEFAULT_NEW_TOKENS)
                 room = self.max_length - kwargs["max_gen_toks"]
@@ -200,9 +199,6 @@ class HarnessModel(TemplateLM):
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _bar(self, total: int, what: str, disable: bool) -> tqdm:
-        return tqdm(total=total, desc=what, disable=disable or jax.process_index() > 0)
 
 
 class _AllStopped(Exception):
@@ -337,7 +333,7 @@ def harness(args: Harness) -> dict[str, Any]:
     log.info(table(report["results"]))
     result.write(args.output, report)
     if args.samples:
-        result.write(args.samples, _plain(found["samples"]))
+        result.write(args.samples, found["samples"])
     return report
 
 
@@ -346,15 +342,6 @@ def _metrics(values: dict[str, Any], counted: dict[str, int] | None) -> dict[str
     kept = {k: v for k, v in values.items() if isinstance(v, (int, float)) and "," in k}
     found = {k.removesuffix(",none").replace(",none", ""): v for k, v in kept.items()}
     return {**found, "questions": counted["effective"] if counted else None}
-
-
-def _plain(value: Any) -> Any:
-    """Only what JSON knows."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

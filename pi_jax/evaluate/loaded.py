@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pi_jax import cli
+from pi_jax import cli, log
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.convert.open import Source, open_model
 from pi_jax.data.tokenizer import load_tokenizer
@@ -20,6 +20,9 @@ from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.generate import Generator, require_mesh, stop_tokens, warn_beyond_window
 from pi_jax.model import Llama
 from pi_jax.parallel import placement, sharding
+
+BATCH_TOKENS = 32768
+"""Tokens of prompts that are read side by side, where nothing else is asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,18 @@ class ModelOptions:
     """Devices along each axis: sequences are split over data and fsdp, heads over tensor."""
     output: str = ""
     """Also write the result to this JSON file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ModelOptions):
+    """Which model answers, and how it is computed."""
+
+    batch_tokens: int = BATCH_TOKENS
+    """Tokens of prompts that are read side by side; a longer prompt is read alone. Lower it if memory runs out."""
+
+    def __post_init__(self):
+        if self.batch_tokens < 1:
+            raise InputError(f"batch-tokens is {self.batch_tokens}: it must be at least 1")
 
 
 class LoadedModel:
@@ -192,3 +207,37 @@ def require_vocabulary(tokenizer: Any, folder: str, vocab_size: int) -> None:
             f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
             f"{vocab_size}: they do not belong together"
         )
+
+
+def answer(
+    generator: Generator,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    batch_tokens: int,
+    what: str,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Answers, as text, in the order of the prompts, greedy by default; a bar on stderr says how far it is."""
+    longest = max(len(p) for p in prompts) + new_tokens
+    rows = max(1, batch_tokens // longest // generator.batch_shards) * generator.batch_shards
+    rows = min(rows, -(-len(prompts) // generator.batch_shards) * generator.batch_shards)
+    stops = stop_tokens(generator.config, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    drawing = {"temperature": temperature, "top_p": top_p}
+    bar = log.progress(len(prompts), what, "prompt")
+    for at in range(0, len(order), rows):
+        part = order[at : at + rows]
+        given = [prompts[i] for i in part]
+        given += [given[0]] * (rows - len(part))  # the last batch has the shape of the others: nothing compiles anew
+        # With one seed the rows of every batch would draw alike.
+        found = generator(given, new_tokens, stop_tokens=stops, seed=seed + at, **drawing)
+        for i, tokens in zip(part, found, strict=False):
+            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+        bar.update(len(part))
+    bar.close()
+    return texts

@@ -15,7 +15,6 @@ evenly spaced up to the window, 10 keys each; k_max is the largest k up to which
 """
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +26,7 @@ import tyro
 from pi_jax import cli, log, plotting
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
-from pi_jax.evaluate.answers import AnswerOptions, answer, open_generator
+from pi_jax.evaluate.loaded import AnswerOptions, LoadedModel, answer
 from pi_jax.generate import Generator
 
 HEADER = (
@@ -129,14 +128,18 @@ def found(text: str, key: int) -> bool:
     return digits is not None and int(digits[0]) == key
 
 
-def effective_window(distances: Sequence[int], success: Sequence[float], at_least: float) -> int:
-    """k_max: the largest distance such that it and all shorter ones have that rate of success; 0 if none has."""
-    largest = 0
-    for distance, rate in sorted(zip(distances, success, strict=True)):
-        if rate < at_least:
-            break
-        largest = distance
-    return largest
+def require_room(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
+    """Checks that a prompt and its answer fit in each length; `name` is what the message calls one.
+
+    Raises:
+      InputError: naming the shortest length and what is needed.
+    """
+    shortest = PromptMaker(tokenizer).shortest() + NEW_TOKENS
+    if min(lengths) < shortest:
+        raise InputError(
+            f"{name} {min(lengths)} is too short for a passkey prompt and its answer: with this tokenizer it needs at "
+            f"least {shortest} tokens"
+        )
 
 
 def measure_distances(
@@ -154,8 +157,8 @@ def measure_distances(
     real = [round(float(np.mean([p.distance for p in row])), 1) for row in prompts]
     return {
         "length": length,
-        "k_max": effective_window(ks, rates, 0.2),
-        "k_max_strict": effective_window(ks, rates, 1.0),
+        "k_max": result.effective_length(ks, rates, 0.2),
+        "k_max_strict": result.effective_length(ks, rates, 1.0),
         "success": float(np.mean(rates)),
         "by_distance": [{"k": k, "distance": d, "success": r} for k, d, r in zip(ks, real, rates, strict=True)],
     }
@@ -221,7 +224,6 @@ def _check(args: Passkey) -> None:
         raise InputError(f"grid-depths is {args.grid_depths}: depths must lie between 0 and 1")
     if args.seed < 0:
         raise InputError(f"seed is {args.seed}: it must be 0 or more")
-    cli.require_writable(args.output)
     cli.require_writable(args.figure)
     if args.figure:
         plotting.new_figure(1, 1, 1)  # fails now if it must
@@ -229,19 +231,14 @@ def _check(args: Passkey) -> None:
 
 def passkey(args: Passkey) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
-    from pi_jax.convert.open import open_model
-
     _check(args)
+    loaded = LoadedModel.for_evaluation(args)
+    tokenizer, config = loaded.tokenizer, loaded.config
     lengths = args.lengths
     if not lengths and not args.grid_lengths:
-        lengths = (open_model(args.model, args.rope).config.max_position_embeddings,)
-    generator, tokenizer, config = open_generator(args, max((*lengths, *args.grid_lengths)))
-    shortest = PromptMaker(tokenizer).shortest() + NEW_TOKENS
-    if min((*lengths, *args.grid_lengths)) < shortest:
-        raise InputError(
-            f"length {min((*lengths, *args.grid_lengths))} is too short for a passkey prompt and its answer: it needs "
-            f"at least {shortest} tokens"
-        )
+        lengths = (config.max_position_embeddings,)
+    require_room(tokenizer, (*lengths, *args.grid_lengths), "length")
+    generator = loaded.generator(max((*lengths, *args.grid_lengths)))
     results = [
         measure_distances(generator, tokenizer, n, args.distances, args.trials, args.seed, args.batch_tokens)
         for n in lengths
@@ -327,13 +324,8 @@ def draw(path: str, report: dict[str, Any]) -> None:
     axes.set_title(
         f"Passkey, {report['model']}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
     )
-    temporary = pathlib.Path(path).with_name(pathlib.Path(path).name + ".tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=130, format="png")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    with cli.new_file(path) as file:
+        figure.savefig(file, dpi=130, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The result of an evaluation: one schema, one writer, one table printer."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ def write(path: str, value: Any) -> None:
     """Writes `value` as JSON, from process 0; an empty path writes nothing."""
     if path and jax.process_index() == 0:
         cli.write_json(path, value)
+
+
+def effective_length(lengths: Sequence[int], scores: Sequence[float], threshold: float) -> int:
+    """The largest length such that it and all shorter ones reach the threshold; 0 if none does."""
+    passed = itertools.takewhile(lambda pair: pair[1] >= threshold, sorted(zip(lengths, scores, strict=True)))
+    return max((length for length, _ in passed), default=0)
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 0) -> str:

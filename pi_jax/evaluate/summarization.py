@@ -15,14 +15,12 @@ import tyro
 from rouge_score import rouge_scorer
 
 from pi_jax import cli, log
-from pi_jax.convert.open import open_model
 from pi_jax.data.documents import Document, read_documents
 from pi_jax.data.prepare import SUMMARIZE
-from pi_jax.data.tokenizer import Prompt, load_tokenizer
-from pi_jax.errors import InputError
+from pi_jax.data.tokenizer import Prompt
+from pi_jax.errors import InputError, some
 from pi_jax.evaluate import result
-from pi_jax.evaluate.answers import AnswerOptions, answer, open_generator
-from pi_jax.evaluate.perplexity.command import warn
+from pi_jax.evaluate.loaded import AnswerOptions, LoadedModel, answer
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 """rougeL takes the whole text as one sequence; rougeLsum joins the sequences of its lines."""
@@ -54,6 +52,7 @@ class Summarization(AnswerOptions):
     """Put the model's BOS token before the prompt."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.data:
             raise InputError("--data is empty: it needs at least one .jsonl or .parquet file")
         for name in ("documents", "max_input", "max_new_tokens"):
@@ -83,7 +82,7 @@ def read_pairs(args: Summarization) -> list[Document]:
     found = read_documents(args.data, args.summary_field, args.document_field)
     pairs = [d for d, _ in zip(found, range(args.documents), strict=False)] if args.documents else list(found)
     if empty := [d.name for d in pairs if not d.prompt.strip() or not d.text.strip()]:
-        warn(f"{', '.join(empty[:3])}{' and more' if len(empty) > 3 else ''} left out: no document, or no summary")
+        log.warn(f"{some(empty)} left out: no document, or no summary")
     pairs = [d for d in pairs if d.prompt.strip() and d.text.strip()]
     if not pairs:
         raise InputError(f"{', '.join(args.data)}: there is no document with a summary in it")
@@ -92,15 +91,14 @@ def read_pairs(args: Summarization) -> list[Document]:
 
 def summarization(args: Summarization) -> dict[str, Any]:
     """Runs the command; returns what it prints as a dictionary."""
-    cli.require_writable(args.output)
-    source = open_model(args.model, args.rope)
-    bos = source.config.bos_token_id
+    loaded = LoadedModel.for_evaluation(args)
+    config, tokenizer, bos = loaded.config, loaded.tokenizer, loaded.config.bos_token_id
     if args.bos and bos is None:
-        raise InputError(f"--bos: {source.files}/config.json has no bos_token_id")
+        raise InputError(f"--bos: {loaded.source.files}/config.json has no bos_token_id")
     pairs = read_pairs(args)
-    prompts = Prompt(SUMMARIZE, args.max_input).encode(load_tokenizer(source.files), [d.prompt for d in pairs])
+    prompts = Prompt(SUMMARIZE, args.max_input).encode(tokenizer, [d.prompt for d in pairs])
     prompts = [[*([bos] if args.bos else []), *p.tolist()] for p in prompts]
-    generator, tokenizer, config = open_generator(args, max(map(len, prompts)) + args.max_new_tokens)
+    generator = loaded.generator(max(map(len, prompts)) + args.max_new_tokens)
     started = time.monotonic()
     summaries = answer(
         generator,

@@ -11,7 +11,6 @@ continuation.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pi_jax import rope
+from pi_jax import log, rope
 from pi_jax.config import ModelConfig
 from pi_jax.errors import InputError
 from pi_jax.generate import kv_cache, sampling
@@ -275,9 +274,8 @@ def stop_tokens(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
 
 def warn_beyond_window(config: ModelConfig, length: int) -> None:
     """Prints a warning on stderr if a length exceeds the window of the model."""
-    if length > config.max_position_embeddings and jax.process_index() == 0:
-        print(
-            f"warning: a length of {length} tokens exceeds the window of the model, {config.max_position_embeddings} "
-            f"tokens ({config.rope})",
-            file=sys.stderr,
+    if length > config.max_position_embeddings:
+        log.warn(
+            f"a length of {length} tokens exceeds the window of the model, {config.max_position_embeddings} tokens "
+            f"({config.rope})"
         )

@@ -10,9 +10,8 @@ import jax
 from pi_jax import log
 from pi_jax.config import Config, ModelConfig
 from pi_jax.data.tokenizer import load_tokenizer
-from pi_jax.errors import InputError
 from pi_jax.evaluate import passkey
-from pi_jax.evaluate.answers import BATCH_TOKENS
+from pi_jax.evaluate.loaded import BATCH_TOKENS
 from pi_jax.evaluate.perplexity import command
 from pi_jax.generate import Generator, warn_beyond_window
 from pi_jax.model import Llama
@@ -43,12 +42,7 @@ class Evaluation:
         if self._config.passkey_lengths:
             self._tokenizer = load_tokenizer(files)
             command.require_vocabulary(self._tokenizer, files, model.vocab_size)
-            shortest = passkey.PromptMaker(self._tokenizer).shortest() + passkey.NEW_TOKENS
-            if min(self._config.passkey_lengths) < shortest:
-                raise InputError(
-                    f"evaluate.passkey_lengths has {min(self._config.passkey_lengths)}: with this tokenizer a passkey "
-                    f"prompt and its answer need at least {shortest} tokens"
-                )
+            passkey.require_room(self._tokenizer, self._config.passkey_lengths, "evaluate.passkey_lengths:")
             warn_beyond_window(model, max(self._config.passkey_lengths))
 
     def __call__(self, model: Llama, mesh: jax.sharding.Mesh, step: int, logger: Metrics) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pi_jax import tiny
 from pi_jax.config import ComputeConfig
 from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.errors import InputError
-from pi_jax.evaluate import passkey
+from pi_jax.evaluate import passkey, result
 from pi_jax.generate import Generator
 from pi_jax.model import Llama
 from pi_jax.tiny import tiny_model_config
@@ -89,10 +89,10 @@ def test_only_the_key_itself_counts():
 
 def test_k_max_stops_at_the_first_distance_that_fails():
     ks = [256, 512, 768, 1024]
-    assert passkey.effective_window(ks, [1.0, 0.2, 0.5, 0.2], 0.2) == 1024
-    assert passkey.effective_window(ks, [1.0, 0.2, 0.1, 1.0], 0.2) == 512
-    assert passkey.effective_window(ks, [1.0, 0.9, 1.0, 1.0], 1.0) == 256
-    assert passkey.effective_window(ks, [0.1, 1.0, 1.0, 1.0], 0.2) == 0
+    assert result.effective_length(ks, [1.0, 0.2, 0.5, 0.2], 0.2) == 1024
+    assert result.effective_length(ks, [1.0, 0.2, 0.1, 1.0], 0.2) == 512
+    assert result.effective_length(ks, [1.0, 0.9, 1.0, 1.0], 1.0) == 256
+    assert result.effective_length(ks, [0.1, 1.0, 1.0, 1.0], 0.2) == 0
 
 
 class _Answers:

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from pi_jax.data.tokenizer import load_tokenizer
+from pi_jax.evaluate import result
 from pi_jax.evaluate.ruler import command, tasks
 from pi_jax.evaluate.ruler.tasks import NOISE, TASKS, make_samples, score
 
@@ -145,9 +146,8 @@ def test_scores_are_shares_of_the_answers_that_are_there():
 
 
 def test_the_effective_length_ends_where_the_average_falls():
-    rows = [{"length": n, "average": a} for n, a in ((16384, 90.0), (4096, 95.0), (8192, 85.6), (32768, 85.5))]
-    assert command.effective_length(rows) == 16384
-    assert command.effective_length([{"length": 4096, "average": 85.59}, {"length": 8192, "average": 99.0}]) == 0
+    assert result.effective_length((16384, 4096, 8192, 32768), (90.0, 95.0, 85.6, 85.5), tasks.THRESHOLD) == 16384
+    assert result.effective_length((4096, 8192), (85.59, 99.0), tasks.THRESHOLD) == 0
 
 
 @pytest.mark.slow

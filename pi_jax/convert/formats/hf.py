@@ -23,7 +23,7 @@ from pi_jax.convert.folders import (
 )
 from pi_jax.convert.formats import safetensors
 from pi_jax.convert.verify import readback
-from pi_jax.errors import InputError
+from pi_jax.errors import InputError, some
 from pi_jax.model import Llama
 
 SHARD_BYTES = 5 * 10**9
@@ -198,7 +198,11 @@ def require_names(folder: Any, wanted: set[str], found: set[str], asker: str) ->
     """Checks that a folder contains exactly the tensors of the model described by the file `asker`."""
     missing, extra = wanted - found, found - wanted
     if missing or extra:
-        what = f"lacks {_some(missing)}" if missing else f"contains {_some(extra)}, which the model in {asker} lacks"
+        what = (
+            f"lacks {some(sorted(missing))}"
+            if missing
+            else f"contains {some(sorted(extra))}, which the model in {asker} lacks"
+        )
         raise InputError(f"{folder} {what}")
 
 
@@ -212,11 +216,6 @@ def require_same(folder: str, found: ModelConfig, wanted: ModelConfig) -> None:
     """Checks that the config of a written folder reads back unchanged."""
     if found != wanted:
         raise InputError(f"{folder}: the config is {found} when it is read back, but {wanted} was written")
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load(folder: str, config: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> Llama:

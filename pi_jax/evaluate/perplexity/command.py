@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -21,11 +20,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from pi_jax import cli, log
 from pi_jax.config import ModelConfig
-from pi_jax.errors import InputError
+from pi_jax.errors import InputError, some
 from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import LoadedModel, ModelOptions, require_vocabulary
 from pi_jax.evaluate.perplexity.sliding import Partial, Window, identity, plan_windows, score_documents
@@ -130,30 +128,20 @@ def read_tokens(
     if not kept:
         raise InputError(f"{', '.join(data)}: there is no text to evaluate on")
     if empty := [d.name for d, t in zip(found, tokens, strict=True) if len(t) < 2]:
-        warn(f"{_some(empty)} left out: a document needs at least two tokens")
+        log.warn(f"{some(empty)} left out: a document needs at least two tokens")
     return [n for n, _ in kept], [t for _, t in kept]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def warn(message: str) -> None:
-    """A warning on stderr, from process 0."""
-    if jax.process_index() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def warn_about_windows(model: ModelConfig, names: Sequence[str], documents: Sequence[np.ndarray], windows) -> None:
     """Says what a reader of the result must know about the windows: beyond the model's own, or longer than the text."""
     if max(windows) > model.max_position_embeddings:
-        warn(
+        log.warn(
             f"window {max(windows)} is beyond the {model.max_position_embeddings} tokens that the model is scaled to "
             f"({model.rope}): expect perplexity to explode there"
         )
     lengths = [len(tokens) for tokens in documents]
     if short := [f"{n} ({length})" for n, length in zip(names, lengths, strict=True) if length < max(windows)]:
-        warn(f"shorter than a window of {max(windows)} tokens, and read in one window: {_some(short)}")
+        log.warn(f"shorter than a window of {max(windows)} tokens, and read in one window: {some(short)}")
 
 
 def check_windows(documents: Sequence[np.ndarray], windows: Sequence[int], stride: int) -> int:
@@ -206,19 +194,13 @@ def evaluate_model(
     plans = {window: plan_windows(lengths, window, stride, bos) for window in windows}
     saved = Partial(partial, identity(model, documents, bos)) if partial else None
     if saved and saved.rejected:
-        warn(f"{partial} is damaged or of another evaluation: starting afresh")
+        log.warn(f"{partial} is damaged or of another evaluation: starting afresh")
     elif saved and saved.windows_done:
         log.info(f"Going on after {saved.windows_done} windows that {partial} holds")
     results = []
-    # On a terminal a bar; in a log file a line now and then. In tokens read, so that the time left is about right.
-    with tqdm(
-        total=sum(window * len(plan) for window, plan in plans.items()),
-        desc="perplexity",
-        unit="token",
-        unit_scale=True,
-        disable=jax.process_index() > 0,
-        mininterval=1 if sys.stderr.isatty() else 60,
-    ) as bar:
+    # In tokens read, so that the time left is about right.
+    total = sum(window * len(plan) for window, plan in plans.items())
+    with log.progress(total, "perplexity", "token") as bar:
         for window, plan in plans.items():
             started = time.monotonic()
 

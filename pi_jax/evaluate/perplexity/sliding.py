@@ -8,7 +8,6 @@ PoSE's evaluator (docs/evaluation.md says how they differ in what they average).
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import time
 import zipfile
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from pi_jax.errors import InputError
+from pi_jax import cli
 from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.model import Llama
 
@@ -146,14 +145,8 @@ class Partial:
         self._arrays |= {f"{key}/done": np.int64(done), f"{key}/losses": losses}
         if jax.process_index() or (not last and time.monotonic() - self._saved < _SECONDS_BETWEEN_SAVES):
             return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                np.savez(file, identity=np.array(self._identity), **self._arrays)
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise InputError(f"{self.path.with_suffix('')} cannot be written: {error.strerror}") from None
+        with cli.new_file(self.path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, identity=np.array(self._identity), **self._arrays)
         self._saved = time.monotonic()
 
 

@@ -1,7 +1,6 @@
 """The command: result files in, `FILE.html` and `FILE.md` out."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -44,13 +43,8 @@ def report(args: Report) -> None:
         (page, to_html(args.title, sections)),
         (page.with_suffix(".md"), to_markdown(args.title, sections)),
     ):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(file.name + ".tmp")
+        with cli.new_file(file) as temporary:
             temporary.write_text(text)
-            os.replace(temporary, file)
-        except OSError as error:
-            raise InputError(f"{file} cannot be written: {error.strerror}") from None
     print(f"{len(sections)} sections in {page} and {page.with_suffix('.md')}")
 
 

@@ -10,7 +10,7 @@ import tyro
 from pi_jax import cli, log
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
-from pi_jax.evaluate.answers import AnswerOptions, answer, open_generator
+from pi_jax.evaluate.loaded import AnswerOptions, LoadedModel, answer
 from pi_jax.evaluate.ruler.tasks import TASKS, THRESHOLD, make_samples, score
 
 
@@ -46,13 +46,15 @@ def ruler(args: Ruler) -> dict[str, Any]:
     essays = _read(args.essays)
     tasks = args.tasks or tuple(name for name, task in TASKS.items() if essays or not task.essays)
     lengths = sorted(set(args.lengths))
-    generator, tokenizer, config = open_generator(args, lengths[-1])
+    loaded = LoadedModel.for_evaluation(args)
+    tokenizer, config = loaded.tokenizer, loaded.config
     tokenizer.backend_tokenizer.no_truncation()
 
     def tokenize(text: str) -> list[int]:
         return list(tokenizer.backend_tokenizer.encode(text).ids)
 
     samples = {(n, t): make_samples(t, args.samples, n, tokenize, essays, args.seed) for n in lengths for t in tasks}
+    generator = loaded.generator(lengths[-1])
     results, shown = [], []
     for length in lengths:
         scores = {}
@@ -82,7 +84,9 @@ def ruler(args: Ruler) -> dict[str, Any]:
             "seed": args.seed,
             "dtype": args.dtype,
         },
-        effective_length=effective_length(results),
+        effective_length=result.effective_length(
+            [r["length"] for r in results], [r["average"] for r in results], THRESHOLD
+        ),
         results=results,
         first_answers=shown,
     )
@@ -90,16 +94,6 @@ def ruler(args: Ruler) -> dict[str, Any]:
     log.info(table(report))
     result.write(args.output, report)
     return report
-
-
-def effective_length(results: Sequence[dict[str, Any]]) -> int:
-    """The largest length such that it and all shorter ones reach the threshold on average; 0 if none does."""
-    largest = 0
-    for row in sorted(results, key=lambda r: r["length"]):
-        if row["average"] < THRESHOLD:
-            break
-        largest = row["length"]
-    return largest
 
 
 def table(report: dict[str, Any]) -> str:
