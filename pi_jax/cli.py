@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pi_jax import __version__
 from pi_jax.errors import InputError
 
 COMMANDS = {
@@ -51,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         module = "pi_jax.prepare" if argv[0] == "prepare" else f"pi_jax.{argv[0]}.__main__"
         importlib.import_module(module).main(argv[1:])
         return
-    print("usage: pi-jax COMMAND [--help]\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
+    if argv == ["--version"]:
+        print(f"pi_jax {__version__}, jax {importlib.metadata.version('jax')}")
+        return
+    print("usage: pi-jax COMMAND [--help] | --version\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
     if argv and argv[0] not in ("-h", "--help"):
         sys.exit(_fail(f"{argv[0]!r} is not a command: choose one of {', '.join(COMMANDS)}"))
 

@@ -1,5 +1,7 @@
-"""The one exception for anything a user can put right, and how its message lists names."""
+"""The one exception for anything a user can put right, and sentences that several messages share."""
 
+import pathlib
+import re
 from collections.abc import Sequence
 
 
@@ -11,3 +13,14 @@ class InputError(ValueError):
 def some(names: Sequence[str]) -> str:
     """The first three of several names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def no_folder(path: str) -> InputError:
+    """The error for a missing model or tokenizer folder; says how to download it if `path` may be a name on the Hub."""
+    message = f"{path}: there is no such folder"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not pathlib.Path(path).parent.exists():
+        name = path.split("/")[1]
+        message += (
+            f"; to use a model of the Hugging Face Hub, download it: hf download {path} --local-dir models/{name}"
+        )
+    return InputError(message)

@@ -1,8 +1,11 @@
 """One way in for all commands."""
 
+import jax
 import pytest
 
+import pi_jax
 from pi_jax import cli
+from pi_jax.convert.open import open_model
 from pi_jax.errors import InputError
 
 
@@ -19,6 +22,18 @@ def test_an_unknown_command_names_those_there_are(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["trian"])
     assert stop.value.code == 2 and "train" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith(f"pi_jax {pi_jax.__version__}, jax {jax.__version__}")
+
+
+def test_a_name_on_the_hub_gets_its_download_command():
+    with pytest.raises(InputError, match="hf download meta-llama/Llama-2-7b-hf --local-dir models/Llama-2-7b-hf"):
+        open_model("meta-llama/Llama-2-7b-hf")
+    with pytest.raises(InputError, match="there is no such folder$"):
+        open_model("tests/no-such-model")
 
 
 def test_bad_input_is_one_sentence(capsys):

@@ -17,7 +17,7 @@ from pi_jax.convert.folders import has_tokenizer
 from pi_jax.convert.formats import hf, meta, native
 from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.convert.formats.native import MODEL as RUN_MODEL
-from pi_jax.errors import InputError
+from pi_jax.errors import InputError, no_folder
 from pi_jax.model import Llama, abstract, parameter_axes
 from pi_jax.parallel import placement
 
@@ -106,7 +106,7 @@ def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0) -> S
     """
     folder = epath.Path(path)
     if not folder.is_dir():
-        raise InputError(f"{path}: there is no such folder")
+        raise no_folder(path)
     if (folder / RUN_MODEL / "config.json").is_file():
         return Source(path, "run", extend(hf.read_config(str(folder / RUN_MODEL)), rope))
     if (folder / "config.json").is_file():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pi_jax.errors import InputError
+from pi_jax.errors import InputError, no_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,14 +35,15 @@ def load_tokenizer(folder: str) -> Any:
     import transformers
 
     if not os.path.isdir(folder):
-        raise InputError(f"tokenizer {folder}: there is no such folder; download the tokenizer of the model first")
+        raise no_folder(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # invalid files make transformers and tokenizers raise many types of exception
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise InputError(f"tokenizer {folder} cannot be loaded: {reason}") from None
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {folder} is a {type(tokenizer).__name__}: the folder must have a tokenizer.json")
+    tokenizer.model_max_length = 1 << 40  # it says nothing of the window once RoPE is scaled, but makes encoding warn
     return tokenizer
 
 

@@ -122,17 +122,17 @@ class LoadedModel:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         max_new_tokens: int = 128,
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> list[str]:
-        """Continues texts; greedy by default.
+    ) -> str | list[str]:
+        """Continues a text, or several in one batch; greedy by default.
 
         Args:
-          prompts: texts to continue, side by side.
+          prompts: the text or texts to continue.
           max_new_tokens: at most so many tokens per continuation.
           temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
           top_p: sample from the smallest set of tokens that has this probability.
@@ -141,6 +141,9 @@ class LoadedModel:
         Raises:
           InputError: for an empty prompt, or a token without an embedding.
         """
+        if isinstance(prompts, str):
+            options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+            return self.generate([prompts], max_new_tokens, **options)[0]
         tokens = [list(self.tokenizer(text)["input_ids"]) for text in prompts]
         generator = self.generator(max(map(len, tokens), default=0) + max_new_tokens)
         stops = stop_tokens(self.config, self.tokenizer)

@@ -47,5 +47,5 @@ def write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, fi
     cli.write_json(str(output / "config.json"), {"config": flat, "versions": versions})
     folder = output / RUN_MODEL
     folder.mkdir(parents=True, exist_ok=True)
-    copy_files(files, folder)
+    copy_files(files, folder, model.max_position_embeddings)
     cli.write_json(str(folder / "config.json"), hf.config_dict(model, config.compute.param_dtype))

@@ -172,7 +172,7 @@ def test_error_sentences(tmp_path, tokenizer_dir, capsys):
     assert f"--input {empty} contains no text, only 2 empty documents" in error(empty)
     assert "contains no text" in error(str(tmp_path / "nothing.jsonl"))
     assert "--window is 0: it must be positive" in error(good, tokenizer_dir, "--window", "0")
-    assert "tokenizer no/such: there is no such folder" in error(good, "no/such")
+    assert "no/such: there is no such folder" in error(good, "no/such")
     assert "broken cannot be loaded" in error(good, str(tmp_path / "broken"))
     assert "plain has no EOS token: use --no-eos" in error(good, plain)
     assert "plain has no BOS token: use --no-bos" in error(good, plain, "--no-eos", "--bos")

@@ -38,7 +38,7 @@ def test_the_scaling_is_applied(loaded, inputs):
 def test_every_mesh_gives_the_same(mesh, loaded, inputs):
     wide = LoadedModel.open(inputs["model"], rope=RopeConfig("linear", 4.0), mesh=mesh)
     np.testing.assert_allclose(wide.loglikelihood(TEXT), loaded.loglikelihood(TEXT), atol=2e-5)
-    assert wide.generate([TEXT], 4) == loaded.generate([TEXT], 4)
+    assert wide.generate([TEXT], 4) == loaded.generate([TEXT], 4) == [loaded.generate(TEXT, 4)]
 
 
 def test_a_short_text_is_refused(loaded):
