@@ -1,1 +1,1 @@
-"""Memory, FLOPs and collectives of a train step, compiled for hardware you don't have."""
+"""Memory, FLOPs and collectives of a train step, compiled for hardware that is not present."""

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: the collectives of a step, read from XLA's text."""
+"""Counts the collectives of a compiled program from its HLO text."""
 
 import collections
 import math
@@ -13,9 +13,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Collectives of a compiled program on one device: kind -> {'count', 'bytes'}, loops counted as often as they run.
+    """Counts the collectives that a compiled program executes on one device: kind -> {'count', 'bytes'}.
 
-    Bytes are those of the whole array: gathered, reduced, or scattered from.
+    Collectives in loops are counted once per iteration. Bytes are those of the unsharded array.
     """
     lines, name = collections.defaultdict(list), None
     for line in hlo.splitlines():
@@ -35,7 +35,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
                 size = sum(shapes)
                 if match["start"] and match["kind"] == "collective-permute":  # operand, result, two counters
                     size = shapes[0]
-                elif match["start"] and match["kind"] != "all-reduce":  # operands and results: the larger is the whole
+                elif match["start"] and match["kind"] != "all-reduce":  # operands and results: the larger is unsharded
                     half = len(shapes) // 2
                     size = max(sum(shapes[:half]), sum(shapes[half:]))
                 elif match["kind"] == "reduce-scatter":
@@ -52,7 +52,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
 
 def _group(line: str) -> int:
-    """Devices that take part."""
+    """Number of devices that take part in a collective."""
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(match[1])
     match = re.search(r"replica_groups=\{\{([\d,]+)\}", line)

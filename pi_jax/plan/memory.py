@@ -1,8 +1,8 @@
-"""Will it fit? The train step itself, compiled for hardware you don't have: `python -m pi_jax.plan --config FILE`.
+"""Plans the memory of a train step by compiling it for hardware that is not present.
 
-XLA's own compiler for the GPU or TPU lays out the memory of one device and says how much that takes; nothing is run and
-no device is needed (`pi_jax.plan.topology`). Parameters, moments and gradients are counted from their shapes and
-partitions; the total is the compiler's.
+XLA's own compiler for the GPU or TPU lays out the memory of one device and reports its size. Nothing is executed and no
+device is needed (`pi_jax.plan.topology`). Parameters, moments and gradients are computed from their shapes and
+shardings; the total is the compiler's. The command is `python -m pi_jax.plan --config FILE`.
 """
 
 import dataclasses
@@ -26,60 +26,60 @@ from pi_jax.train import abstract, metrics, step
 from pi_jax.train.optimizer import make_optimizer
 
 MARGIN = 0.92
-"""Fraction of a device's memory that a step may use; the runtime, NCCL and fragmentation need the rest. JAX itself uses
-only 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION=.92 is set."""
+"""Fraction of a device's memory that a step may use; the runtime, NCCL and fragmentation need the rest. By default, JAX
+uses only 75 % of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=.92 to use this fraction."""
 MFU = (0.3, 0.5)
-"""Range of the model FLOP utilisation that the time of a step is estimated from; an assumption, not a measurement."""
+"""Range of model FLOPs utilization used to estimate the time of a step; an assumption, not a measurement."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one step takes of one device."""
+    """Memory, FLOPs and collectives of one step."""
 
     topology: str
     mesh: dict[str, int]
     rows: int
-    """Rows that a device computes at a time (with others, where the sequence or the heads are split)."""
+    """Sequences per microbatch on a device. Devices that share the sequence or the heads compute the same ones."""
     gradient_accumulation_steps: int
     attention: str
     remat: str
     peak: int
-    """Bytes, as the compiler lays them out."""
+    """Peak memory of a device in bytes, as reported by the compiler."""
     memory: int
-    """Bytes that the device has."""
+    """Memory that a device has, in bytes."""
     parts: dict[str, int]
-    """Bytes by part: 'parameters', 'moments', 'gradients', 'kept activations', and what is left, 'working memory'."""
+    """Bytes by part: 'parameters', 'moments', 'gradients', 'kept activations', and 'working memory' (the rest)."""
     alone: dict[str, int]
-    """Bytes that the loss and one layer's attention take besides their inputs, forward and backward, each compiled
-    alone."""
+    """Bytes that the loss and one layer's attention need besides their inputs, forward and backward, each compiled
+    separately."""
     host: int
-    """Bytes in the host's memory for one device: what is offloaded."""
+    """Host memory per device in bytes, for offloaded arrays."""
     flops: float
-    """Model FLOPs of a step, all devices; the formula stands in `pi_jax.train.metrics`."""
+    """Model FLOPs of a step on all devices; `pi_jax.train.metrics` contains the formula."""
     seconds: tuple[float, float]
-    """A step's duration at the MFU of `MFU`."""
+    """Duration of a step in seconds, at the upper and the lower value of `MFU`."""
     collectives: dict[str, dict[str, int]] | None
-    """Kind -> {'count', 'bytes'} of a step on one device; None: the compiler's text could not be read."""
+    """Kind -> {'count', 'bytes'} of a step on one device; None if the HLO text cannot be read."""
     compile_seconds: float
 
     @property
     def fits(self) -> bool:
-        """With the margin."""
+        """Whether the peak is within `MARGIN` of the memory."""
         return self.peak <= MARGIN * self.memory
 
 
 def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: int, name: str = "") -> Plan:
-    """Compiles the train step for a mesh, whose devices need not be here.
+    """Compiles the train step for a mesh, whose devices do not have to be present.
 
     Args:
-      config: the experiment.
-      model: the architecture, extended.
-      mesh: what it runs on.
-      memory: bytes of one device.
-      name: of the topology.
+      config: config of the experiment.
+      model: extended architecture.
+      mesh: mesh of the devices to compile for.
+      memory: memory of one device in bytes.
+      name: name of the topology.
 
     Raises:
-      InputError: if the experiment does not fit the mesh's shape.
+      InputError: if sizes of the experiment are not divisible by those of the mesh.
     """
     abstract.check_sizes(config, model, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -129,9 +129,9 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
 def _compile(function, arguments, gpu: bool):
     platform = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0].platform
     platform = "cuda" if platform == "gpu" else platform
-    # Without autotuning, which would need the device: another choice of a product's tiles takes other scratch memory.
+    # Disable autotuning, which needs the device. The tiles that it would select may need other scratch memory.
     options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None
-    # A step is compiled already, and gives its old state's memory to the new one: once more would undo that.
+    # A step is already jitted and donates its state; wrapping it in another jit would lose the donation.
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     return jitted.trace(*arguments).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
 
@@ -139,7 +139,7 @@ def _compile(function, arguments, gpu: bool):
 def _collectives(compiled) -> dict[str, dict[str, int]] | None:
     try:
         return hlo.collectives(compiled.as_text())
-    except jax.errors.JaxRuntimeError:  # a libtpu newer than this jaxlib writes what jaxlib cannot read
+    except jax.errors.JaxRuntimeError:  # jaxlib cannot read the output of a newer libtpu
         return None
 
 
@@ -154,7 +154,7 @@ def _besides_inputs(compiled) -> int:
 
 
 def _bytes(tree) -> int:
-    """On one device."""
+    """Bytes of the arrays of a pytree on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -163,7 +163,7 @@ def _rows(config: Config, mesh) -> int:
 
 
 def _kept(config: Config, model: ModelConfig, mesh) -> int:
-    """Bytes kept of all layers for the backward pass; 0 where that is not known beforehand or lies on the host."""
+    """Bytes that all layers keep for the backward pass; 0 if that is unknown in advance or in host memory."""
     tokens = _rows(config, mesh) * config.data.window // mesh.shape["context"]
     heads = model.num_attention_heads // mesh.shape["tensor"]
     width = jnp.dtype(config.compute.dtype).itemsize
@@ -212,12 +212,12 @@ def _attention_alone(config: Config, model: ModelConfig, mesh):
 
 
 def search(config: Config, model: ModelConfig, largest: Topology) -> list[Plan]:
-    """The fewest devices of a kind on which one row at a time fits, and there the most rows at a time.
+    """Finds the smallest number of devices that fits one sequence at a time, and then the most sequences at a time.
 
-    FSDP over as many devices as there are rows, the rest along the sequence.
+    It uses FSDP over as many devices as the batch allows and splits the sequence over the rest.
 
     Returns:
-      What was tried; the last that fits is the answer.
+      All plans that were tried. The last one that fits is the result.
     """
     tried = []
     counts = [n for n in (2**i for i in range(20)) if n <= largest.count and (largest.chip.gpu or n != 2)]
@@ -247,17 +247,18 @@ def _attempt(config: Config, model: ModelConfig, cluster: Topology, rows: int) -
 def _line(p: Plan) -> str:
     mesh = ", ".join(f"{k} {v}" for k, v in p.mesh.items() if v > 1) or "one device"
     verdict = "fits" if p.fits else "does not fit"
-    return f"{p.topology} ({mesh}), {p.rows} rows x {p.gradient_accumulation_steps}: {p.peak / GIB:.1f} GiB, {verdict}"
+    microbatches = f"{p.rows} sequences x {p.gradient_accumulation_steps}"
+    return f"{p.topology} ({mesh}), {microbatches}: {p.peak / GIB:.1f} GiB, {verdict}"
 
 
 def report(p: Plan, config: Config, model: ModelConfig) -> str:
-    """The plan in words."""
+    """Formats a plan as text."""
     largest = max(p.parts, key=p.parts.get)
     tokens = config.data.batch_size * config.data.window
     lines = [
         f"{p.topology}: {math.prod(p.mesh.values())} devices with {p.memory / GIB:.1f} GiB each, mesh {p.mesh}",
-        f"{model.num_parameters() / 1e9:.2f} B parameters, {config.data.batch_size} rows of {config.data.window} "
-        f"tokens a step; {p.rows} rows at a time on a device, {p.gradient_accumulation_steps} times",
+        f"{model.num_parameters() / 1e9:.2f} B parameters, {config.data.batch_size} sequences of {config.data.window} "
+        f"tokens per step; microbatches per device: {p.gradient_accumulation_steps} of {p.rows} sequences",
         f"attention {p.attention}, remat {p.remat}; compiled in {p.compile_seconds:.0f} s",
         "",
         "Memory of one device, GiB:",
@@ -268,22 +269,23 @@ def report(p: Plan, config: Config, model: ModelConfig) -> str:
         f"  {'peak':<18}{p.peak / GIB:8.2f}  of {p.memory / GIB:.1f}: "
         + ("fits" if p.fits else f"does NOT fit: {(p.peak - MARGIN * p.memory) / GIB:.1f} GiB too much")
         + f" (limit {MARGIN:.0%}, {MARGIN * p.memory / GIB:.1f})",
-        f"  The loss alone takes {p.alone['loss'] / GIB:.2f}, a layer's attention in {p.alone['attention'] / GIB:.2f}.",
+        f"  Compiled alone, the loss needs {p.alone['loss'] / GIB:.2f} and the attention of a layer "
+        f"{p.alone['attention'] / GIB:.2f}.",
     ]
     if p.host:
-        lines.append(f"  and {p.host / GIB:.1f} GiB of the host's memory for each device")
+        lines.append(f"  Offloaded: {p.host / GIB:.1f} GiB of host memory per device.")
     lines += [
         "",
         f"Model FLOPs of a step: {p.flops:.3e} = {tokens} tokens x (6 P + 6 L N H S)",
-        f"At an assumed MFU of {MFU[0]:.0%} to {MFU[1]:.0%}: {p.seconds[1]:.1f} to {p.seconds[0]:.1f} s a step, "
+        f"At an assumed MFU of {MFU[0]:.0%} to {MFU[1]:.0%}: {p.seconds[1]:.1f} to {p.seconds[0]:.1f} s per step, "
         f"{p.seconds[1] * config.train.steps / 3600:.1f} to {p.seconds[0] * config.train.steps / 3600:.1f} h for "
         f"{config.train.steps} steps",
-        "Collectives of a step, each device:" + ("" if p.collectives is not None else " not known for this compiler"),
+        "Collectives per step and device:" + ("" if p.collectives is not None else " not known for this compiler"),
         *(f"  {k:<20}{v['count']:6}  {v['bytes'] / 1e9:8.1f} GB" for k, v in sorted((p.collectives or {}).items())),
     ]
     return "\n".join(lines)
 
 
 def as_json(p: Plan) -> dict[str, Any]:
-    """All fields, and whether it fits."""
+    """Returns all fields of a plan, and whether it fits, for JSON."""
     return dataclasses.asdict(p) | {"fits": p.fits, "limit": MARGIN}

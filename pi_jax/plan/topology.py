@@ -1,6 +1,6 @@
-"""Topologies to compile for without the hardware, by a name such as "h100:8" or "v5p:64".
+"""Topologies for ahead-of-time compilation without the hardware, named as "h100:8" or "v5p:64".
 
-XLA compiles for a GPU it cannot ask if it is told what it would have asked (a `GpuTargetConfig`), and libtpu for any
+XLA compiles for a GPU that is not present if it is given its properties (a `GpuTargetConfig`); libtpu compiles for any
 TPU by its name. Neither needs a driver or a device, only `pip install 'pi_jax[compilers]'`.
 """
 
@@ -11,7 +11,7 @@ import os
 
 from pi_jax.parallel.chips import CHIPS, GPU_TARGET, GPUS_PER_HOST, Chip
 
-# Read when the plug-ins are loaded.
+# The plug-ins read these variables when they are loaded.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -23,26 +23,26 @@ from pi_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many devices of one kind."""
+    """A number of devices of one kind."""
 
     kind: str
-    """A key of `CHIPS`."""
+    """Device kind; a key of `CHIPS`."""
     count: int
-    """Devices: GPUs, or TPU chips (not cores)."""
+    """Number of GPUs or TPU chips (not cores)."""
 
     @property
     def chip(self) -> Chip:
-        """What one device is."""
+        """Properties of one device."""
         return CHIPS[self.kind]
 
     def __str__(self):
         return f"{self.kind}:{self.count}"
 
     def devices(self) -> list:
-        """Devices to compile for.
+        """Returns the devices to compile for.
 
         Raises:
-          InputError: if the compiler for them is not installed.
+          InputError: if the compiler for these devices is not installed.
         """
         if self.chip.gpu:
             _require_installed("jax_cuda13_plugin", "NVIDIA GPUs")
@@ -57,13 +57,13 @@ class Topology:
                 ).devices
             )
         _require_installed("libtpu", "TPUs")
-        if self.count == 1:  # no slice is smaller than a host
+        if self.count == 1:  # the smallest slice is one host
             return Topology(self.kind, 4).devices()[:1]
         shape = "x".join(map(str, self._torus()))
         return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{self.kind}:{shape}").devices)
 
     def _torus(self) -> tuple[int, ...]:
-        """The most cubic shape of a slice; sides are powers of two."""
+        """Returns the most cubic shape of a slice. Its sides are powers of two."""
         sides = [1] * self.chip.dimensions
         for _ in range(self.count.bit_length() - 1):
             sides[sides.index(min(sides))] *= 2
@@ -71,19 +71,21 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """'h100:8' as a topology.
+    """Parses a topology such as 'h100:8'.
 
     Raises:
-      InputError: if there is no such device, or no such number of them.
+      InputError: if the device kind is unknown, or there is no topology with this number of devices.
     """
     kind, _, count = text.partition(":")
     if kind not in CHIPS:
-        raise InputError(f"--topology {text}: there is no {kind!r}; write KIND:COUNT with one of {', '.join(CHIPS)}")
+        raise InputError(f"--topology {text}: unknown kind {kind!r}; write KIND:COUNT with one of {', '.join(CHIPS)}")
     if not count.isdecimal() or not int(count):
         raise InputError(f"--topology {text}: write {kind}:COUNT with the number of devices, for example {kind}:8")
     number, chip = int(count), CHIPS[kind]
     if chip.gpu and number > GPUS_PER_HOST and number % GPUS_PER_HOST:
-        raise InputError(f"--topology {text}: hosts have {GPUS_PER_HOST} GPUs, so more than that must be a multiple")
+        raise InputError(
+            f"--topology {text}: the number of GPUs must be at most {GPUS_PER_HOST} (one host) or a multiple of it"
+        )
     if not chip.gpu and (number & (number - 1) or number > chip.largest or number == 2):
         raise InputError(
             f"--topology {text}: slices of {kind} have 1, 4, 8, 16 ... {chip.largest} chips (chips, not cores)"
@@ -97,7 +99,7 @@ def _require_installed(module: str, what: str) -> None:
 
 
 def has_cudnn() -> bool:
-    """Whether attention by cuDNN can be compiled."""
+    """Whether cuDNN is installed, so that attention with cuDNN can be compiled."""
     try:
         return importlib.util.find_spec("nvidia.cudnn") is not None
     except ModuleNotFoundError:

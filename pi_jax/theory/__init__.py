@@ -1,1 +1,1 @@
-"""The paper's bounds, checked and plotted, and a model's attention scores, measured."""
+"""Checks and plots the bounds of the Position Interpolation paper, and measures the attention scores of a model."""

@@ -1,11 +1,12 @@
-"""Why interpolation is stable and extrapolation is not: the paper's section 2.3 and appendices B and C, checked.
+"""Bounds on attention scores under interpolation and extrapolation (the paper's section 2.3, appendices B and C).
 
-The attention score of a query and a key s tokens apart is a(s) = Re sum_j h_j exp(i s theta_j) (Eq. 3). Interpolation
-reads it between the integers that were trained, extrapolation beyond them. The paper bounds both; its constant for the
-first is too small (`interpolation_bound`). `python -m pi_jax.theory --output DIR` draws Figures 2 and 5 and prints the
-tables; with `--model` and `--text` `pi_jax.theory.measured` shows how large h and a(s) are in a real model.
+The attention score of a query and a key that are s tokens apart is a(s) = Re sum_j h_j exp(i s theta_j) (Eq. 3).
+Interpolation evaluates it between the integers that were trained, extrapolation beyond them. The paper bounds both, but
+its constant for interpolation is too small (`interpolation_bound`). `python -m pi_jax.theory --output DIR` plots
+Figures 2 and 5 and prints the tables. With `--model` and `--text`, `pi_jax.theory.measured` measures h and a(s) in a
+real model.
 
-Everything here is float64. Shapes: H head size, R = H/2 rotated pairs.
+All computation is in float64. Shapes: H head size, R = H/2 rotated pairs.
 """
 
 import dataclasses
@@ -21,22 +22,22 @@ SEED = 0
 
 
 def frequencies(head_dim: int, theta: float = 10000.0) -> Float[np.ndarray, "R"]:
-    """theta_j = theta^(-2j/H), float64."""
+    """Returns theta_j = theta^(-2j/H), float64."""
     return theta ** (-np.arange(0, head_dim, 2) / head_dim)
 
 
 def score(h_R: Complex[np.ndarray, "*batch R"], distance: Any, theta_R: np.ndarray) -> Float[np.ndarray, "*batch"]:
-    """a(s) (Eq. 3) for one distance or an array of them, which broadcasts against all axes of `h_R` but the last."""
+    """Returns a(s) (Eq. 3). `distance` is a number or an array that broadcasts with all axes of `h_R` but the last."""
     return np.real(np.sum(h_R * np.exp(1j * np.asarray(distance)[..., None] * theta_R), axis=-1))
 
 
 def printed_bound(head_dim: int, theta: float = 10000.0) -> float:
-    """Theorem 2.1 at neighbouring integers as printed (Eq. 7), in units of max|h_j|: H / (32 ln c). Too small."""
+    """Bound of Theorem 2.1 at adjacent integers as printed (Eq. 7), in units of max|h_j|: H / (32 ln c). Too small."""
     return head_dim / (32 * math.log(theta))
 
 
 def interpolation_bound(head_dim: int, theta: float = 10000.0) -> float:
-    """Theorem 2.1 at neighbouring integers with the constant that its proof gives, in units of max|h_j|.
+    """Bound of Theorem 2.1 at adjacent integers with the constant that follows from its proof, in units of max|h_j|.
 
     |a(s) - chord(s)| <= (s - s1)(s2 - s) / 2 * max|a''| and |a''| <= max|h_j| sum_j theta_j^2, a geometric series with
     the sum (1 - c^-2) / (1 - c^(-4/H)); (s - s1)(s2 - s) is 1/4 at most. The paper replaces that sum by H / (4 ln c)
@@ -46,36 +47,38 @@ def interpolation_bound(head_dim: int, theta: float = 10000.0) -> float:
 
 
 def counter_example(head_dim: int, theta: float = 10000.0) -> float:
-    """The distance of a(1/2) from the chord between a(0) and a(1), for h_j = exp(-i theta_j / 2), where |h_j| = 1."""
+    """Returns |a(1/2) - chord|, with the chord between a(0) and a(1), for h_j = exp(-i theta_j / 2), so |h_j| = 1."""
     theta_R = frequencies(head_dim, theta)
     a_0, a_half, a_1 = score(np.exp(-0.5j * theta_R), np.array([0.0, 0.5, 1.0]), theta_R)
     return abs(a_half - (a_0 + a_1) / 2)
 
 
 def extrapolation_bound(distances: np.ndarray, head_dim: int, theta: float = 10000.0) -> np.ndarray:
-    """B(s) = sum_k |A_{k+1}(s)|, with A_k(s) = sum_{j<k} exp(i s theta_j) (Eq. 8): |a(s)| <= 2 max|h_j| B(s)."""
+    """Returns B(s) = sum_k |A_{k+1}(s)| with A_k(s) = sum_{j<k} exp(i s theta_j) (Eq. 8): |a(s)| <= 2 max|h_j| B(s)."""
     rotations = np.exp(1j * np.asarray(distances)[:, None] * frequencies(head_dim, theta))
     return np.abs(np.cumsum(rotations, axis=1)).sum(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A score function that is harmless on [0, window) and was fitted to nothing but noise (Figure 2)."""
+    """A score function fitted to noise on [0, window), as in Figure 2."""
 
     window: int
+    """Number of fitted distances."""
     theta_R: np.ndarray
     h_R: np.ndarray
     targets: np.ndarray
+    """Values to which the function was fitted, for distances 0 to window - 1."""
 
     def __call__(self, distances: np.ndarray) -> np.ndarray:
         return score(self.h_R, distances, self.theta_R)
 
 
 def fit(head_dim: int = 128, window: int = 2048, seed: int = SEED) -> Fit:
-    """Least squares of `window` standard-normal targets on the H functions cos(s theta_j), sin(s theta_j).
+    """Fits the H functions cos(s theta_j), sin(s theta_j) to `window` standard-normal targets by least squares.
 
-    float64 and SVD (`numpy.linalg.lstsq`). The problem is singular to working precision, so that how far the result
-    flies off outside the window depends on solver and precision; that it does, does not.
+    It uses float64 and SVD (`numpy.linalg.lstsq`). The problem is singular to working precision, so the size of the
+    scores outside the window depends on the solver and the precision. They are very large in any case.
     """
     theta_R = frequencies(head_dim)
     angles = np.arange(window)[:, None] * theta_R
@@ -86,8 +89,8 @@ def fit(head_dim: int = 128, window: int = 2048, seed: int = SEED) -> Fit:
 
 
 def bound_rows(head_dims: Sequence[int] = (8, 16, 32, 64, 80, 96, 128), reach: int = 4096) -> list[dict[str, float]]:
-    """For each head size: B(s)/H at 0, its minimum over [0, reach), the place of it, the share of s below 1; and the
-    counter-example to the printed bound beside both bounds."""
+    """Returns for each head size: B(s)/H at 0, its minimum over [0, reach) and where it is, the share of s for which
+    B(s)/H is below 1, the counter-example to the printed bound, and both bounds."""
     rows = []
     for d in head_dims:
         ratios = extrapolation_bound(np.arange(reach), d) / d
@@ -108,7 +111,7 @@ def bound_rows(head_dims: Sequence[int] = (8, 16, 32, 64, 80, 96, 128), reach: i
 
 
 def bound_tables(rows: Sequence[dict[str, float]]) -> str:
-    """The rows of `bound_rows` as two tables for people."""
+    """Formats the rows of `bound_rows` as two tables."""
     lines = [
         "Extrapolation (Eq. 8): the paper argues with B(s) >= H",
         "   H        s <  B(0)/H  min B(s)/H   at s  B(s)/H < 1",

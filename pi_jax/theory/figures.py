@@ -1,3 +1,5 @@
+"""Plots Figures 2 and 5 of the paper, and the measured attention scores of a model."""
+
 import pathlib
 from collections.abc import Sequence
 
@@ -9,11 +11,11 @@ from pi_jax.theory.bounds import Fit, extrapolation_bound
 from pi_jax.theory.measured import Measured
 
 
-def draw_figure2(path: pathlib.Path, fitted: Fit) -> dict[str, float]:
-    """Figure 2: a score function that behaves within its window, explodes beyond, and is smooth between integers.
+def plot_figure2(path: pathlib.Path, fitted: Fit) -> dict[str, float]:
+    """Plots Figure 2: a score function that is small inside its window, huge beyond it, and smooth between integers.
 
     Returns:
-      The largest |a(s)| inside and beyond.
+      The largest |a(s)| inside and beyond the window.
     """
     figure, (left, middle, right) = new_figure(15, 4.4, 3)
     window = fitted.window
@@ -40,8 +42,8 @@ def draw_figure2(path: pathlib.Path, fitted: Fit) -> dict[str, float]:
     return {"inside_max": float(np.abs(a_inside).max()), "beyond_max": float(np.abs(a_beyond).max())}
 
 
-def draw_figure5(path: pathlib.Path, reach: int = 4096, head_dims: Sequence[int] = (128, 64)) -> None:
-    """Figure 5: B(s)/H against the line at 1 that the paper's "600 times" rests on; a smaller head falls below it."""
+def plot_figure5(path: pathlib.Path, reach: int = 4096, head_dims: Sequence[int] = (128, 64)) -> None:
+    """Plots Figure 5: B(s)/H and the line at 1 on which the paper's "600 times" is based. Smaller heads go below it."""
     figure, (axes,) = new_figure(9, 5, 1)
     distances = np.arange(reach)
     for d, color in zip(head_dims, (INSIDE, BEYOND), strict=True):
@@ -63,8 +65,8 @@ def draw_figure5(path: pathlib.Path, reach: int = 4096, head_dims: Sequence[int]
     figure.savefig(path, dpi=130)
 
 
-def draw(path: pathlib.Path, m: Measured) -> None:
-    """What a real model has: how large h is, scores inside and beyond the window, and the way off the chord."""
+def plot_measured(path: pathlib.Path, m: Measured) -> None:
+    """Plots the measurements of a model: size of h, scores inside and beyond the window, distance from the chord."""
     figure, (left, middle, right) = plotting.new_figure(15, 4.4, 3)
     layers = np.arange(len(m.largest_h_LM))
     low, median, high = np.quantile(m.largest_h_LM, (0.01, 0.5, 0.99), axis=1)

@@ -1,9 +1,9 @@
-"""The attention scores of a real model, taken apart: what the theory of interpolation assumes, measured.
+"""Measures the attention scores of a real model, to check what the theory of interpolation assumes.
 
-The paper bounds |a(s)| by max|h_j| (`pi_jax.theory.bounds`) but never looks at a model's h. Here queries and keys are
-taken from one pass over a text, and every pair is moved to distances inside the window, beyond it, and beyond it with
-interpolation: what the score of the same two tokens would be there. Scores keep their sign: only a large positive one
-wins the softmax. `python -m pi_jax.theory --output DIR --model PATH --text FILE` is the command.
+The paper bounds |a(s)| by max|h_j| (`pi_jax.theory.bounds`) but does not examine h in a model. This module takes
+queries and keys from one forward pass over a text and computes the score that each pair would have at distances inside
+the window, beyond it, and beyond it with interpolation. Scores keep their sign, because only a large positive score
+dominates the softmax. The command is `python -m pi_jax.theory --output DIR --model PATH --text FILE`.
 
 Shapes: L layers, P sampled query-key pairs, M = P times heads, D distances, R = H/2 rotated pairs; S, D, N, K, H as in
 `pi_jax.model`.
@@ -29,15 +29,18 @@ from pi_jax.theory import bounds
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Scores that sampled query-key pairs of a model have, and would have at other distances; in units of the
-    softmax's argument (divided by sqrt(H))."""
+    """Scores of sampled query-key pairs of a model, at their own and at other distances.
+
+    Scores and h are divided by sqrt(H), so they are in units of the softmax's argument.
+    """
 
     window: int
+    """Window of the model in tokens."""
     theta_R: np.ndarray
     largest_h_LM: np.ndarray
-    """max_j|h_j| of each layer's pairs (M: pairs times heads)."""
+    """max_j|h_j| of each pair, per layer (M: pairs times heads)."""
     own_LM: np.ndarray
-    """a(s) at the distance that the pair has in the text."""
+    """a(s) at the distance of the pair in the text."""
     inside_LMD: np.ndarray
     """a(s) at distances sampled from [0, window)."""
     beyond_LMD: np.ndarray
@@ -45,17 +48,24 @@ class Measured:
     interpolated_LMD: np.ndarray
     """a(s / 2) at the same distances: Position Interpolation with factor 2."""
     off_chord_LMD: np.ndarray
-    """|a(s + 1/2) - (a(s) + a(s + 1)) / 2| at the distances inside."""
+    """|a(s + 1/2) - (a(s) + a(s + 1)) / 2| at the distances inside the window."""
 
 
 def measure(path: str, text: str, tokens: int = 1024, pairs: int = 128, distances: int = 64) -> Measured:
-    """Takes queries and keys of every layer and head from one pass over a text, and moves them apart.
+    """Takes queries and keys of all layers and heads from one pass over a text and computes scores at other distances.
 
-    The pass is over `tokens` tokens, so that the activations are those of the trained window, whatever its length;
-    the pairs (a query and a token at or before it) and the distances are drawn with `theory.SEED`.
+    The pass is over `tokens` tokens, so the activations are those of the trained window, whatever its length. The pairs
+    (a query and a key at or before it) and the distances are sampled with the seed `bounds.SEED`.
+
+    Args:
+      path: Hugging Face folder, Meta folder, or the folder of a pi_jax run.
+      text: text file.
+      tokens: number of tokens of the text to use.
+      pairs: number of query-key pairs to sample.
+      distances: number of distances to sample.
 
     Raises:
-      InputError: if the model cannot be read, or there is no text.
+      InputError: if the model cannot be read or there is no text.
     """
     source = open_model(path)
     config = source.config
@@ -67,7 +77,7 @@ def measure(path: str, text: str, tokens: int = 1024, pairs: int = 128, distance
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         model = source.load(ComputeConfig(dtype="float32", remat="none"), mesh)
-    model = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), model)  # plain arrays: no mesh from here on
+    model = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), model)  # plain arrays without a mesh
     h_LMR = _products(*_queries_and_keys(model, tokens_S, queries_P, keys_P))
 
     theta_R = np.asarray(config.rope.inverse_frequencies(config.head_dim), np.float64)
@@ -93,7 +103,7 @@ def measure(path: str, text: str, tokens: int = 1024, pairs: int = 128, distance
 
 
 def _queries_and_keys(model: Llama, tokens_S, queries_P, keys_P) -> tuple[np.ndarray, np.ndarray]:
-    """Every layer's queries [L, P, N, H] and keys [L, P, K, H], before rotation, of some tokens of a text."""
+    """Returns the queries [L, P, N, H] and keys [L, P, K, H] of all layers, before rotation, of the given tokens."""
     positions_BS = jnp.arange(len(tokens_S))[None]
 
     @jax.jit
@@ -114,7 +124,7 @@ def _queries_and_keys(model: Llama, tokens_S, queries_P, keys_P) -> tuple[np.nda
 
 
 def _products(q_LPNH: np.ndarray, k_LPKH: np.ndarray) -> np.ndarray:
-    """h_j = q_j conj(k_j) (Eq. 3) of all pairs and heads, [L, P * N, R], channel j being paired with j + H/2."""
+    """Returns h_j = q_j conj(k_j) (Eq. 3) of all pairs and heads, [L, P * N, R]. Channel j pairs with j + H/2."""
     k_LPNH = np.repeat(k_LPKH, q_LPNH.shape[2] // k_LPKH.shape[2], axis=2)
     (q_re, q_im), (k_re, k_im) = (np.split(x, 2, axis=-1) for x in (q_LPNH, k_LPNH))
     h_LPNR = (q_re + 1j * q_im) * (k_re - 1j * k_im)
@@ -122,7 +132,7 @@ def _products(q_LPNH: np.ndarray, k_LPKH: np.ndarray) -> np.ndarray:
 
 
 def summarize(m: Measured) -> dict[str, Any]:
-    """The numbers of `table`, over all layers and for each."""
+    """Returns the statistics that `table` prints, over all layers and per layer."""
 
     def stats(part) -> dict[str, float]:
         h = m.largest_h_LM[part]
@@ -138,7 +148,7 @@ def summarize(m: Measured) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """`summarize` for people."""
+    """Formats the result of `summarize` as a table."""
     groups = {"h": "max|h_j|", "own": "own", "inside": "inside", "beyond": "beyond", "interpolated": "interpolated"}
     lines = ["layer  " + "".join(f"{name:^19}" for name in groups.values()) + "   off chord"]
     lines.append("       " + f"{'99%':>8} {'largest':>9} " * len(groups) + "   / max|h_j|")
@@ -148,8 +158,8 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"{name:>5}  {numbers}   {row['off_chord_per_h']:9.4f}")
     window = summary["window"]
     lines.append(
-        f"Scores a(s), and h, in units of the softmax's argument. own: at the pair's distance in the text; inside: s < "
-        f"{window};\nbeyond: {window} <= s < {2 * window}; interpolated: the same, halved. off chord: of a(s + 1/2), "
-        f"largest; the bound is {summary['bound_per_h']:.4f}."
+        f"Scores a(s) and h are in units of the softmax's argument. own: at the pair's distance in the text; inside: "
+        f"s < {window};\nbeyond: {window} <= s < {2 * window}; interpolated: the same distances, halved. off chord: "
+        f"largest |a(s + 1/2) - chord|; the bound is {summary['bound_per_h']:.4f}."
     )
     return "\n".join(lines)
