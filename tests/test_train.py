@@ -22,7 +22,9 @@ from pi_jax.config import (
     ProfileConfig,
     RopeConfig,
     TrainConfig,
+    smoke,
 )
+from pi_jax.config.cli import load_config
 from pi_jax.convert.__main__ import Convert, convert
 from pi_jax.convert.formats import hf
 from pi_jax.convert.open import open_model
@@ -374,6 +376,13 @@ def test_bad_input_on_the_command_line_is_one_sentence_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: demo/model: there is no such folder")
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_can_be_smoked(file, tmp_path, monkeypatch):
+    """On any number of local devices, whatever cluster the config is for."""
+    monkeypatch.chdir(tmp_path)
+    resolve.resolve(smoke(load_config(str(file))))
 
 
 def test_smoke_runs_every_path(tmp_path, monkeypatch):

@@ -1,17 +1,22 @@
+"""`--smoke`: an experiment in miniature."""
+
 import dataclasses
 import time
 
-from pi_jax.config.schema import BUILTIN, Config
+from pi_jax.config.schema import BUILTIN, Config, MeshConfig
 from pi_jax.rope import Default
 
 
 def smoke(config: Config) -> Config:
     """The same experiment in miniature: every code path, a model and text that fit in seconds on a laptop.
 
-    Kept: RoPE kind and factor, packing, masks, precision, schedule, mesh; where the config states an architecture, its
-    theta, tying and grouping of heads; where it starts from a folder, so does this, from a tiny one. The base window
-    becomes 64 tokens, the training window 64 times the factor. Each smoke run gets a folder of its own.
+    It keeps RoPE kind and factor, packing, masks, precision and schedule, and, if the config states an architecture,
+    its theta, weight tying and grouping of heads. A config that starts from a folder starts from a tiny one. The base
+    window becomes 64 tokens, the training window 64 times the factor. The mesh becomes all local devices along fsdp and
+    gradient accumulation at most 2 microbatches, so that it runs on any machine; flags such as `--mesh.context 2` still
+    apply. Each smoke run gets its own folder.
     """
+    accumulation = min(config.compute.gradient_accumulation_steps, 2)
     factor = config.rope.factor
     window = int(64 * factor)
     model = config.model
@@ -41,7 +46,7 @@ def smoke(config: Config) -> Config:
             sources=(BUILTIN,),
             window=64 if config.data.pose_window else window,
             pose_window=window if config.data.pose_window else 0,
-            batch_size=8,
+            batch_size=8 * accumulation,
             prefetch=2,
         ),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3, warmup_steps=2),
@@ -65,6 +70,11 @@ def smoke(config: Config) -> Config:
             passkey_distances=2,
             passkey_trials=2,
         ),
-        compute=dataclasses.replace(config.compute, loss_chunk=min(config.compute.loss_chunk, window // 2)),
+        compute=dataclasses.replace(
+            config.compute,
+            loss_chunk=min(config.compute.loss_chunk, window // 2),
+            gradient_accumulation_steps=accumulation,
+        ),
+        mesh=MeshConfig(),
         logging=dataclasses.replace(config.logging, every=2),
     )
