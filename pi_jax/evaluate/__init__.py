@@ -1,1 +1,1 @@
-"""Proof that a longer window is used."""
+"""Evaluations that measure whether a model uses its extended window."""

@@ -1,4 +1,4 @@
-"""`python -m pi_jax.evaluate WHAT`."""
+"""`python -m pi_jax.evaluate WHAT`: runs an evaluation."""
 
 import importlib
 import sys
@@ -9,18 +9,19 @@ from pi_jax.errors import InputError
 from pi_jax.parallel import processes
 
 WHAT = {
-    "perplexity": "sliding windows over text, by token, by window and by document",
-    "passkey": "up to which distance a number in the input is found: the paper's Table 4, and a heat map",
+    "perplexity": "sliding-window perplexity on text, by token, by window and by document",
+    "passkey": "maximum distance at which a number in the input is found (the paper's Table 4), and a heat map",
     "ruler": "the synthetic RULER tasks, and the effective length",
     "harness": "lm-evaluation-harness: the paper's Table 5 and any other of its tasks",
-    "summarization": "GovReport as in the paper's Table 6: ROUGE of long documents' summaries",
+    "summarization": "ROUGE of summaries of long documents: GovReport as in the paper's Table 6",
     "report": "one page of tables and figures from the result files of several models",
 }
+"""Name of each evaluation -> its description."""
 _EXTRA = ("lm_eval", "rouge_score")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: the first word says what to evaluate."""
+    """Runs the evaluation that the first argument names."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in WHAT:
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print("usage: python -m pi_jax.evaluate WHAT [--help]\n\n" + "\n".join(f"  {k:14} {v}" for k, v in WHAT.items()))
     if argv not in (["-h"], ["--help"]):
-        what = f"{argv[0]!r} cannot be evaluated" if argv else "say what to evaluate"
+        what = f"there is no evaluation {argv[0]!r}" if argv else "the name of the evaluation is missing"
         print(f"error: {what}: choose one of {', '.join(WHAT)}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,8 +1,8 @@
-"""The standard benchmarks, by EleutherAI's lm-evaluation-harness: `python -m pi_jax.evaluate harness`.
+"""Runs EleutherAI's lm-evaluation-harness: `python -m pi_jax.evaluate harness`.
 
-The harness asks for log-likelihoods and text; here is a model of its kind that answers with ours. Requests are sorted
-by length, padded to few lengths and read in batches. Every process gets all requests and computes the same, its devices
-their share of each batch; process 0 reports.
+The harness requests log-likelihoods and generated text; `HarnessModel` implements its model interface with pi_jax.
+Requests are sorted by length, padded to a few lengths and processed in batches. All processes get all requests and run
+the same program, with each batch sharded over their devices; process 0 reports the results.
 """
 
 import bisect
@@ -33,23 +33,24 @@ from pi_jax.model import Llama, parameter_axes
 from pi_jax.parallel import placement, sharding
 
 TABLE_5 = ("boolq", "piqa", "race_middle", "race", "winogrande")
-"""The paper's benchmarks inside the original window; `race` is RACE-H, `race_middle` our file for RACE-M."""
+"""The paper's benchmarks inside the original window. `race` is RACE-H; `race_middle` is our task file for RACE-M."""
 TASK_FILES = pathlib.Path(__file__).parent / "tasks"
+"""Folder with our task files."""
 
 _CHUNK = 64
-"""Columns whose logits exist at one time: answers are short."""
-_DEFAULT_NEW_TOKENS = 256  # as for the harness's own models
+"""Number of positions whose logits exist at a time. It is small because answers are short."""
+_DEFAULT_NEW_TOKENS = 256  # the default of the harness's own models
 
 
 class HarnessModel(TemplateLM):
-    """A pi_jax model as lm-evaluation-harness wants one; tokens and truncation as in its `hf` model.
+    """Makes a pi_jax model available to lm-evaluation-harness. Tokenization and truncation are as in its `hf` model.
 
     Args:
-      model: with parameters on `mesh`, which must be set while the harness runs.
-      mesh: its data and fsdp axes take requests side by side.
-      tokenizer: of transformers.
-      max_length: tokens of a request that are kept, the last ones.
-      batch_tokens: tokens that a device reads at a time.
+      model: model with its parameters on `mesh`, which must be set while the harness runs.
+      mesh: mesh; a batch of requests is sharded over its data and fsdp axes.
+      tokenizer: tokenizer of transformers.
+      max_length: maximum number of tokens of a request; longer requests are truncated on the left.
+      batch_tokens: maximum number of tokens per device and batch.
     """
 
     def __init__(self, model: Llama, mesh: jax.sharding.Mesh, tokenizer: Any, max_length: int, batch_tokens: int):
@@ -57,29 +58,29 @@ class HarnessModel(TemplateLM):
         self._model, self._mesh, self.tokenizer = model, mesh, tokenizer
         self.max_length, self._batch_tokens = max_length, batch_tokens
         self.truncated = 0
-        """Requests that did not fit."""
+        """Number of requests that were truncated."""
         self._generator: Generator | None = None
-        # Few lengths, each compiled once: powers of two and the middle between them.
+        # Use few lengths, each compiled once: powers of two and the midpoints between them.
         steps = itertools.chain.from_iterable((2**i, 3 * 2 ** (i - 1)) for i in range(5, 40))
         self._lengths = [*itertools.takewhile(lambda n: n < max_length + 1, steps), max_length + 1]
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a text."""
+        """Token that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text without context: BOS, or EOS where there is none."""
+        """Token that precedes a text without context: BOS, or EOS if there is no BOS."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """Name of the tokenizer, for the harness's cache of requests."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the tokenizer's template writes it."""
+        """Formats a conversation with the tokenizer's chat template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -88,34 +89,39 @@ class HarnessModel(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; with the tokenizer's own special tokens unless told otherwise or the text starts with BOS."""
+        """Returns token ids. By default, special tokens are added unless the text already starts with BOS."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding gives it) for (text, context, continuation)."""
-        rows, answers = [], [len(continuation) for _, _, continuation in requests]
+        """Scores requests of (text, context, continuation).
+
+        Returns:
+          For each request, the log-probability of the continuation, and whether greedy decoding produces it.
+        """
+        sequences, answers = [], [len(continuation) for _, _, continuation in requests]
         for _, context, continuation in requests:
             whole = [*context, *continuation]
             self.truncated += len(whole) > self.max_length + 1
-            rows.append(whole[-(self.max_length + 1) :])
-        results: list[tuple[float, bool] | None] = [None] * len(rows)
+            sequences.append(whole[-(self.max_length + 1) :])
+        lengths = list(map(len, sequences))
+        results: list[tuple[float, bool] | None] = [None] * len(sequences)
         buckets: dict[int, list[int]] = {}
-        for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i])):
-            buckets.setdefault(self._lengths[bisect.bisect_left(self._lengths, len(rows[i]))], []).append(i)
-        with log.progress(len(rows), "log-likelihoods", "request", disable_tqdm) as bar:
+        for i in sorted(range(len(sequences)), key=lambda i: (lengths[i], sequences[i])):
+            buckets.setdefault(self._lengths[bisect.bisect_left(self._lengths, lengths[i])], []).append(i)
+        with log.progress(len(sequences), "log-likelihoods", "request", disable_tqdm) as bar:
             for length, members in buckets.items():
-                size = self._rows(length, len(members))
+                size = self._batch_size(length, len(members))
                 for batch in (members[at : at + size] for at in range(0, len(members), size)):
                     tokens = np.zeros((size, length), np.int32)
                     for row, i in zip(tokens, batch, strict=False):
-                        row[: len(rows[i])] = rows[i]
-                    start = min(len(rows[i]) - answers[i] for i in batch)
-                    stop = max(len(rows[i]) for i in batch)
+                        row[: lengths[i]] = sequences[i]
+                    start = min(lengths[i] - answers[i] for i in batch)
+                    stop = max(lengths[i] for i in batch)
                     losses, greedy = score_sequences(self._model, tokens, start, stop, _CHUNK, self._mesh)
                     for place, i in enumerate(batch):
-                        scored = slice(len(rows[i]) - answers[i], len(rows[i]))
+                        scored = slice(lengths[i] - answers[i], lengths[i])
                         total = -float(np.sum(losses[place, scored], dtype=np.float64))
                         results[i] = total, bool(greedy[place, scored].all())
                         if requests[i][0] is not None:
@@ -124,7 +130,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in disjoint windows of `max_length`."""
+        """Returns the log-probabilities of complete texts, computed in disjoint windows of `max_length` tokens."""
         windows = []
         for index, (text,) in enumerate(request.args for request in requests):
             rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
@@ -138,7 +144,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the request's stop sequences, or EOS."""
+        """Generates continuations up to the first stop sequence of the request, or EOS."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -149,12 +155,12 @@ class HarnessModel(TemplateLM):
                 room = self.max_length - kwargs["max_gen_toks"]
                 if room < 1:
                     raise InputError(
-                        f"a task asks for {kwargs['max_gen_toks']} new tokens, but a request holds {self.max_length}: "
-                        "raise --max-length or lower max_gen_toks in the task"
+                        f"max_gen_toks of a task is {kwargs['max_gen_toks']}: it must be less than --max-length, "
+                        f"{self.max_length}"
                     )
                 prompts = {i: self._prompt(requests[i].args[0], room) for i in members}
                 members.sort(key=lambda i: len(prompts[i]))
-                size = self._rows(self.max_length, len(members))
+                size = self._batch_size(self.max_length, len(members))
                 for batch in (members[at : at + size] for at in range(0, len(members), size)):
                     for i, text in zip(batch, self._generate([prompts[i] for i in batch], kwargs, size), strict=True):
                         texts[i] = text
@@ -162,8 +168,8 @@ class HarnessModel(TemplateLM):
                     bar.update(len(batch))
         return texts
 
-    def _rows(self, length: int, requests: int) -> int:
-        """Rows of a batch: powers of two, so that tasks of any size share their compiled programs."""
+    def _batch_size(self, length: int, requests: int) -> int:
+        """Batch size, a power of two per device, so that tasks of any size share compiled programs."""
         return sequences_per_batch(self._mesh, length, self._batch_tokens, 1 << (requests - 1).bit_length())
 
     def _prompt(self, text: str, room: int) -> list[int]:
@@ -171,25 +177,25 @@ class HarnessModel(TemplateLM):
         self.truncated += len(tokens) > room
         return tokens[-room:]
 
-    def _generate(self, prompts: list[list[int]], kwargs: dict[str, Any], rows: int) -> list[str]:
+    def _generate(self, prompts: list[list[int]], kwargs: dict[str, Any], size: int) -> list[str]:
         until = handle_stop_sequences(kwargs["until"], eos=self.tokenizer.decode(self.eot_token_id))
         if self._generator is None:
             self._generator = Generator(self._model, self._mesh, max_length=self.max_length)
         found: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
 
-        def on_token(row: int, token: int) -> None:
-            if row not in going:
+        def on_token(index: int, token: int) -> None:
+            if index not in going:
                 return
-            found[row].append(token)
-            if token == self.eot_token_id or any(stop in self._text(found[row]) for stop in until):
-                going.remove(row)
+            found[index].append(token)
+            if token == self.eot_token_id or any(stop in self._text(found[index]) for stop in until):
+                going.remove(index)
                 if not going:
                     raise _AllStopped
 
         with contextlib.suppress(_AllStopped):
             self._generator(
-                prompts + [prompts[0]] * (rows - len(prompts)),  # every batch has the same shape
+                prompts + [prompts[0]] * (size - len(prompts)),  # all batches have the same shape
                 kwargs["max_gen_toks"],
                 temperature=kwargs["temperature"] if kwargs["do_sample"] else 0.0,
                 top_p=kwargs.get("top_p", 1.0),
@@ -202,14 +208,17 @@ class HarnessModel(TemplateLM):
 
 
 class _AllStopped(Exception):
-    """Every text of a batch has met a stop sequence: nothing more is needed of the generator."""
+    """Raised when all texts of a batch have reached a stop sequence, to end the generation early."""
 
 
 def load_tasks(tasks: Sequence[str], include: str) -> tuple[list[str], Any]:
-    """Names of tasks, with 'table5' and task files replaced, and the harness's manager that knows them.
+    """Resolves 'table5' and task files to names of tasks.
+
+    Returns:
+      The names, and the harness's task manager for them.
 
     Raises:
-      InputError: for a name that nothing knows, or a file that is not there.
+      InputError: if a name is unknown or a file does not exist.
     """
     folders, names = [str(TASK_FILES)], []
     if include:
@@ -230,14 +239,14 @@ def load_tasks(tasks: Sequence[str], include: str) -> tuple[list[str], Any]:
     for name in names:
         if not manager.match_tasks([name]):
             close = difflib.get_close_matches(name, manager.all_tasks, 3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see lm_eval ls tasks, or give a task file"
-            raise InputError(f"task {name!r} is not one of lm-evaluation-harness's or of --include: {hint}")
+            hint = f"did you mean {' or '.join(close)}?" if close else "see lm_eval ls tasks, or pass a task file"
+            raise InputError(f"task {name!r} is neither in lm-evaluation-harness nor in --include: {hint}")
     return names, manager
 
 
 @functools.cache
 def _manager(folders: tuple[str, ...], include_defaults: bool) -> Any:
-    """Reads all task files that there are: seconds, for the harness's own."""
+    """Creates a task manager. Reading the harness's own task files takes seconds, so the result is cached."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(folders), include_defaults=include_defaults)
@@ -246,34 +255,35 @@ def _manager(folders: tuple[str, ...], include_defaults: bool) -> Any:
 def _name_in(file: pathlib.Path) -> str:
     found = re.search(r"^task:\s*(\S+)", file.read_text(), re.MULTILINE)
     if not found:
-        raise InputError(f"task {file}: it has no line 'task: NAME'")
+        raise InputError(f"task {file} has no line 'task: NAME'")
     return found[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Harness(ModelOptions):
-    """Standard benchmarks by lm-evaluation-harness, for example the paper's Table 5."""
+    """Run benchmarks of lm-evaluation-harness, for example the paper's Table 5."""
 
     tasks: tuple[str, ...]
-    """Names of lm-evaluation-harness, task files (.yaml), or 'table5': BoolQ, PIQA, RACE-M, RACE-H, WinoGrande"""
+    """Names of tasks, task files (.yaml), or 'table5' for BoolQ, PIQA, RACE-M, RACE-H and WinoGrande."""
     include: str = ""
-    """Folder with more task files."""
+    """Folder with additional task files."""
     num_fewshot: int | None = None
-    """Examples before each question; None: as the task says, mostly 0."""
+    """Number of examples before each question; None: the default of the task, usually 0."""
     limit: int | None = None
-    """Only so many questions of each task: to try things, never to report."""
+    """Maximum number of questions per task, for trials; do not report such results. Default: all."""
     max_length: int | None = None
-    """Tokens of a request that are kept; None: the model's window, at most 8,192."""
+    """Maximum number of tokens of a request; longer requests are truncated on the left. None: the window of the model,
+    but at most 8,192."""
     chat_template: bool = False
-    """Write requests as a conversation, by the tokenizer's template."""
+    """Format requests as a conversation with the tokenizer's chat template."""
     batch_tokens: int = 8192
-    """Tokens that a device reads at a time."""
+    """Maximum number of tokens per device and batch. Lower it if memory runs out."""
     samples: str = ""
-    """Also write every question with the model's answers to this JSON file."""
+    """Also write all questions with the model's answers to this JSON file."""
 
     def __post_init__(self):
         if not self.tasks:
-            raise InputError("--tasks is empty: name at least one task")
+            raise InputError("--tasks is empty: it needs at least one task")
         for name in ("limit", "max_length", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -281,7 +291,7 @@ class Harness(ModelOptions):
 
 
 def harness(args: Harness) -> dict[str, Any]:
-    """Runs the command; returns what it prints as a dictionary."""
+    """Runs the command and returns its result."""
     import lm_eval
 
     cli.require_writable(args.output)
@@ -290,10 +300,10 @@ def harness(args: Harness) -> dict[str, Any]:
     loaded = LoadedModel.for_evaluation(args)
     source, tokenizer = loaded.source, loaded.tokenizer
     if tokenizer.eos_token_id is None:
-        raise InputError(f"tokenizer {source.files} has no EOS token: the harness needs one")
+        raise InputError(f"tokenizer {source.files} has no EOS token, which the harness needs")
     max_length = args.max_length or min(source.config.max_position_embeddings, 8192)
     warn_beyond_window(source.config, max_length)
-    # Requests have any length: the context axis takes further requests instead of parts of one.
+    # Requests have arbitrary lengths, so the batch, not the sequence, is sharded over the context axis.
     mesh = sharding.for_generation(loaded.mesh)
     with jax.set_mesh(mesh):
         model = placement.put_params(mesh, loaded.weights, parameter_axes(loaded.weights))
@@ -310,8 +320,9 @@ def harness(args: Harness) -> dict[str, Any]:
                 log_samples=bool(args.samples),
                 bootstrap_iters=1000,
             )
-        except (FileNotFoundError, ConnectionError) as error:  # of the data set, by a name or on the hub
-            raise InputError(f"the data of {', '.join(names)} cannot be had: {f'{error}'.splitlines()[0]}") from None
+        except (FileNotFoundError, ConnectionError) as error:  # a data set is missing or cannot be downloaded
+            reason = f"{error}".splitlines()[0]
+            raise InputError(f"the data of {', '.join(names)} cannot be loaded: {reason}") from None
     results = {task: _metrics(values, found["n-samples"].get(task)) for task, values in found["results"].items()}
     report = result.report(
         "harness",
@@ -338,14 +349,14 @@ def harness(args: Harness) -> dict[str, Any]:
 
 
 def _metrics(values: dict[str, Any], counted: dict[str, int] | None) -> dict[str, Any]:
-    """{'acc': 0.5, 'acc_stderr': 0.05, 'questions': 100} from 'acc,none' and so on."""
+    """Renames metrics such as 'acc,none': returns {'acc': 0.5, 'acc_stderr': 0.05, 'questions': 100}."""
     kept = {k: v for k, v in values.items() if isinstance(v, (int, float)) and "," in k}
     found = {k.removesuffix(",none").replace(",none", ""): v for k, v in kept.items()}
     return {**found, "questions": counted["effective"] if counted else None}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Results for people: a line a task and metric."""
+    """Formats results as a table with one line per task and metric."""
     lines = [f"{'task':24} {'questions':>9}  {'metric':12} {'value':>8}"]
     for task, values in results.items():
         for metric, value in values.items():
@@ -358,5 +369,5 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
     cli.run(lambda: harness(tyro.cli(Harness, prog="python -m pi_jax.evaluate harness", args=argv)))

@@ -1,4 +1,4 @@
-"""A model that is ready to score and continue text: what every evaluation and `generate` start from."""
+"""A model that is ready to score and continue text, as used by all evaluations and by `generate`."""
 
 import contextlib
 import dataclasses
@@ -27,16 +27,16 @@ BATCH_TOKENS = 32768
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model is evaluated, and how it is computed."""
+    """Selects the model to evaluate and how to compute it."""
 
     model: str
     """Hugging Face folder, Meta folder, or the folder of a pi_jax run."""
     rope: RopeConfig = RopeConfig()
-    """Scaling to apply to a model that has none: interpolation without fine-tuning."""
+    """Scaling to apply to a model that has none, to evaluate it with a longer window without fine-tuning."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and activations; bfloat16 halves the memory and rounds the results."""
+    """Dtype of weights and activations. bfloat16 halves the memory; results are less precise."""
     mesh: MeshConfig = MeshConfig()
-    """Devices along each axis: sequences are split over data and fsdp, heads over tensor."""
+    """Devices along each axis: sequences are sharded over data and fsdp, heads over tensor."""
     output: str = ""
     """Also write the result to this JSON file."""
 
@@ -54,10 +54,10 @@ class AnswerOptions(ModelOptions):
 
 
 class LoadedModel:
-    """A model with its tokenizer, on a mesh, in one precision.
+    """A model and its tokenizer, on a mesh.
 
-    The folder, the mesh and the tokenizer are checked when it is opened; weights are read at their first use, so that
-    bad input is refused before the long part.
+    The folder, the mesh and the tokenizer are checked when the model is opened. Weights are loaded on first use, so
+    invalid input is rejected before that.
     """
 
     def __init__(self, source: Source, compute: ComputeConfig, mesh: jax.sharding.Mesh, tokenizer: Any):
@@ -72,11 +72,12 @@ class LoadedModel:
         Args:
           path: Hugging Face folder, Meta folder, or the folder of a pi_jax run.
           rope: scaling to apply to a model that has none.
-          dtype: of weights and activations, "float32" or "bfloat16".
-          mesh: devices along each axis; by default all of them along fsdp.
+          dtype: dtype of weights and activations, "float32" or "bfloat16".
+          mesh: devices along each axis; by default, all of them are along fsdp.
 
         Raises:
-          InputError: if the folder is no model, its tokenizer cannot be read, or its sizes do not divide over the mesh.
+          InputError: if the folder is not a model folder, its tokenizer cannot be read, or sizes of the model are not
+            divisible by those of the mesh.
         """
         source = open_model(path, rope)
         tokenizer = load_tokenizer(source.files)
@@ -86,10 +87,10 @@ class LoadedModel:
 
     @classmethod
     def for_evaluation(cls, options: ModelOptions) -> "LoadedModel":
-        """Opens the model of a command: its output must be writable, and each token must have an embedding.
+        """Opens the model for an evaluation command, and checks that its output can be written.
 
         Raises:
-          InputError: as `open`, and for an output or a vocabulary that does not fit.
+          InputError: as `open`, or if the output cannot be written, or the tokenizer has more tokens than the model.
         """
         cli.require_writable(options.output)
         loaded = cls.open(options.model, rope=options.rope, dtype=options.dtype, mesh=options.mesh)
@@ -98,24 +99,24 @@ class LoadedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture, scaled as it is computed."""
+        """Architecture of the model, including the applied scaling."""
         return self.source.config
 
     @functools.cached_property
     def weights(self) -> Llama:
-        """The model with its weights on the mesh; read at the first use."""
+        """The model with its weights on the mesh, loaded on first use."""
         with jax.set_mesh(self.mesh):
             return self.source.load(self.compute, self.mesh)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[Llama]:
-        """Gives the weights with the mesh set and float32 products exact (no TF32)."""
+        """Yields the weights in a context in which the mesh is set and float32 products are exact (no TF32)."""
         weights = self.weights
         with jax.set_mesh(self.mesh), jax.default_matmul_precision("float32"):
             yield weights
 
     def generator(self, max_length: int, chunk: int = 512) -> Generator:
-        """A generator for prompts and continuations of up to `max_length` tokens together."""
+        """Returns a generator for prompts and continuations of up to `max_length` tokens together."""
         warn_beyond_window(self.config, max_length)
         with jax.set_mesh(self.mesh):
             return Generator(self.weights, self.mesh, max_length=max(max_length, 2), chunk=chunk)
@@ -129,17 +130,17 @@ class LoadedModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str | list[str]:
-        """Continues a text, or several in one batch; greedy by default.
+        """Continues a text, or several as one batch, with greedy decoding by default.
 
         Args:
           prompts: the text or texts to continue.
-          max_new_tokens: at most so many tokens per continuation.
-          temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
-          top_p: sample from the smallest set of tokens that has this probability.
-          seed: seed of the sampling.
+          max_new_tokens: maximum number of tokens per continuation.
+          temperature: 0 selects the most likely token; otherwise logits are divided by it and a token is sampled.
+          top_p: sample from the smallest set of most likely tokens whose total probability reaches this value.
+          seed: random seed for sampling.
 
         Raises:
-          InputError: for an empty prompt, or a token without an embedding.
+          InputError: if a prompt is empty or contains a token outside the model's vocabulary.
         """
         if isinstance(prompts, str):
             options = {"temperature": temperature, "top_p": top_p, "seed": seed}
@@ -151,12 +152,12 @@ class LoadedModel:
         return [self.tokenizer.decode(continuation, skip_special_tokens=True) for continuation in new]
 
     def loglikelihood(self, text: str) -> Float[np.ndarray, " S-1"]:
-        """Log-probability in nats of each token of a text but the first, given the tokens before it.
+        """Computes the log-probability in nats of each token of a text except the first, given the tokens before it.
 
         No special tokens are added. The tokens are those of `self.tokenizer(text, add_special_tokens=False)`.
 
         Raises:
-          InputError: for a text of fewer than two tokens, or a token without an embedding.
+          InputError: if the text has fewer than two tokens, or a token outside the model's vocabulary.
         """
         ids = self._encode(text)
         length = -(-len(ids) // self.mesh.shape["context"]) * self.mesh.shape["context"]
@@ -168,10 +169,12 @@ class LoadedModel:
         return -losses[0, 1 : len(ids)]
 
     def logits(self, text: str) -> Float[np.ndarray, "S V"]:
-        """Float32 logits after each token of a text. For long texts use `loglikelihood`: these take S x V floats.
+        """Computes the float32 logits after each token of a text.
+
+        They take S x V floats of memory; use `loglikelihood` for long texts.
 
         Raises:
-          InputError: for a text of fewer than two tokens, or a token without an embedding.
+          InputError: if the text has fewer than two tokens, or a token outside the model's vocabulary.
         """
         ids = self._encode(text)
         length = -(-len(ids) // self.mesh.shape["context"]) * self.mesh.shape["context"]
@@ -188,7 +191,7 @@ class LoadedModel:
             raise InputError(f"the text {text[:40]!r} has {len(ids)} tokens: it needs at least 2")
         if max(ids) >= self.config.vocab_size:
             raise InputError(
-                f"the text {text[:40]!r} has token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}), the model's "
+                f"the text {text[:40]!r} has token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}), but the model's "
                 f"vocab_size is {self.config.vocab_size}"
             )
         return ids
@@ -200,15 +203,15 @@ def _logits(model: Llama, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.
 
 
 def require_vocabulary(tokenizer: Any, folder: str, vocab_size: int) -> None:
-    """Checks that the model has an embedding for each of the tokenizer's tokens.
+    """Checks that the tokenizer has no more tokens than the model.
 
     Raises:
-      InputError: naming both sizes.
+      InputError: if it has more; the message names both numbers.
     """
     if len(tokenizer.get_vocab()) > vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, the model's vocab_size is "
-            f"{vocab_size}: they do not belong together"
+            f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, but the model's vocab_size is "
+            f"{vocab_size}: use the tokenizer of the model"
         )
 
 

@@ -1,7 +1,7 @@
-"""Rows of tokens to the losses of chosen tokens: what perplexity and the standard harness have in common.
+"""Computes the losses of tokens in a batch of sequences, for perplexity and the evaluation harness.
 
-Every process passes the same rows and gets the same result, so an evaluation on several hosts is the same program on
-each of them.
+All processes pass the same sequences and get the same result, so an evaluation on several hosts runs the same program
+on each of them.
 """
 
 import functools
@@ -17,35 +17,36 @@ from pi_jax.model.loss import score_tokens
 from pi_jax.parallel import placement, sharding
 
 
-def sequences_per_batch(mesh: jax.sharding.Mesh, length: int, batch_tokens: int, rows: int) -> int:
-    """How many rows of `length` tokens to pass at once: a multiple of the mesh's rows, no more than needed.
+def sequences_per_batch(mesh: jax.sharding.Mesh, length: int, batch_tokens: int, sequences: int) -> int:
+    """Returns the batch size for sequences of `length` tokens: a multiple of the batch shards, as small as possible.
 
     Args:
-      mesh: its data and fsdp axes take rows side by side.
-      length: tokens in a row.
-      batch_tokens: tokens that a device should read at a time; it reads at least one row.
-      rows: rows that there are.
+      mesh: mesh; the batch is sharded over its data and fsdp axes.
+      length: sequence length in tokens.
+      batch_tokens: maximum number of tokens per device and batch; a device always gets at least one sequence.
+      sequences: total number of sequences.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    each = max(1, math.ceil(rows / devices))
+    each = max(1, math.ceil(sequences / devices))
     batches = math.ceil(each / max(1, batch_tokens // length))
-    return devices * math.ceil(each / batches)  # so that the last batch is as full as the others
+    return devices * math.ceil(each / batches)  # makes the last batch about as full as the others
 
 
 def score_sequences(
     model: Llama, tokens: Int[np.ndarray, "B S"], start: int, stop: int, chunk: int, mesh: jax.sharding.Mesh
 ) -> tuple[Float[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-    """Loss in nats of each token given those before it in its row, and whether it was the most probable one.
+    """Computes the loss in nats of each token given the tokens before it, and whether it is the most likely token.
 
-    Rows are padded behind by any tokens: causality keeps them out of sight. Compiled once for each shape and `chunk`.
+    Sequences are padded at the end with arbitrary tokens, which do not affect the result because attention is causal.
+    Compiled once for each shape and `chunk`.
 
     Args:
-      model: with its parameters on `mesh`.
-      tokens: as many rows as `sequences_per_batch` says, the same on every process.
-      start: first column scored, at least 1.
-      stop: column after the last one scored.
-      chunk: columns whose logits exist at one time; what is scored is rounded outwards to them.
-      mesh: the mesh that is set.
+      model: model with its parameters on `mesh`.
+      tokens: a batch of the size given by `sequences_per_batch`, the same on all processes.
+      start: first position to score, at least 1.
+      stop: position after the last one to score.
+      chunk: number of positions whose logits exist at a time. The scored range is extended to whole chunks.
+      mesh: mesh that is currently set.
     """
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     placed = placement.put_global(mesh, {"tokens": tokens, "positions": positions})
@@ -57,6 +58,6 @@ def score_sequences(
 def _score(model, tokens_BS, positions_BS, start, stop, chunk):
     hidden_BSD = sharding.gather_sequence(model(tokens_BS, positions_BS))
     tokens_BS = sharding.gather_sequence(tokens_BS)
-    # The token at i is predicted from the hidden state at i - 1; column 0 is predicted by nothing.
+    # The token at i is predicted from the hidden state at i - 1; the first token is not predicted.
     before_BSD = jnp.pad(hidden_BSD[:, :-1], ((0, 0), (1, 0), (0, 0)))
     return score_tokens(before_BSD, model.output_weights(), tokens_BS, chunk, start, stop)

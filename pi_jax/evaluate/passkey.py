@@ -1,17 +1,17 @@
-"""Passkey retrieval (Mohtashami & Jaggi 2023) by the protocol of Chen et al. 2023, section 3.3.
+"""Passkey retrieval (Mohtashami & Jaggi 2023) with the protocol of Chen et al. 2023, section 3.3.
 
-A five-digit key stands in a text of nothing else, k tokens from its end; the model is asked for it. 32 values of k,
-evenly spaced up to the window, 10 keys each; k_max is the largest k up to which every distance is answered in at least
-20% of the trials. What the paper leaves open is fixed here:
+A five-digit key is hidden in filler text, k tokens from the end of the input, and the model is asked for it. There are
+32 values of k, evenly spaced up to the window, with 10 keys each. k_max is the largest k such that at it and at all
+smaller values the key is found in at least 20% of the trials. Our choices, where the paper gives no details:
 
-- The input has one length, whatever k: the window less the tokens of the answer, so that all positions lie within it.
-- k counts from the first token of the key to the end of the input. The key's line stands between whole repetitions of
-  the filler, at the farthest place that is no more than k away; the largest k, the window itself, puts it next to the
-  header. `distance` in the result is the k that came out.
-- The length is exact: the filler before the key begins in the middle of a repetition. It ends whole, since a filler cut
-  off before the question costs answers.
-- Greedy decoding; the first run of digits in the answer must be the key.
-- The key is uniform in 10000..99999 and depends on (seed, length, k, trial) alone.
+- All inputs have the same length: the window minus the tokens of the answer, so that all positions are inside it.
+- k counts from the first token of the key to the end of the input. The line with the key is placed between complete
+  repetitions of the filler, as far from the end as possible but at most k tokens away. With the largest k, the window
+  itself, it follows the header. `distance` in the result is the actual distance.
+- The length is exact: the filler before the key starts in the middle of a repetition. It is never cut at the end,
+  because a truncated filler before the question lowers the success rate.
+- Decoding is greedy, and the first sequence of digits in the answer must be the key.
+- The key is uniformly distributed in 10000..99999 and depends only on (seed, length, k, trial).
 """
 
 import dataclasses
@@ -37,21 +37,21 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 NEW_TOKENS = 10
-"""Tokens of an answer."""
+"""Maximum number of tokens of an answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question and where its answer stands."""
+    """A prompt and the key hidden in it."""
 
     tokens: list[int]
     key: int
     distance: int
-    """Tokens from the first of the key to the end."""
+    """Distance in tokens from the first token of the key to the end of the prompt."""
 
 
 class PromptMaker:
-    """Makes prompts of an exact number of tokens with any tokenizer, special tokens in front if it puts any there."""
+    """Makes prompts of an exact length with any tokenizer, including the special tokens that it prepends."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -62,7 +62,11 @@ class PromptMaker:
         return self._tokenizer.backend_tokenizer.encode(text)
 
     def _parts(self, before: int, after: int, key: int) -> tuple[list[int], int, int]:
-        """Tokens with so many repetitions of the filler, the first token of the front filler, and that of the key."""
+        """Builds a prompt with the given repetitions of the filler before and after the key.
+
+        Returns:
+          The tokens, and the indices of the first token of the filler before the key and of the key.
+        """
         lines = [HEADER, " ".join([FILLER] * before), KEY_LINE.format(key=key), " ".join([FILLER] * after), QUESTION]
         text = "\n".join(line for line in lines if line)
         encoded = self._encode(text)
@@ -77,24 +81,24 @@ class PromptMaker:
         return list(encoded.ids), front, key_token
 
     def shortest(self) -> int:
-        """Tokens of a prompt with one repetition of the filler on each side: less makes no sense."""
+        """Length in tokens of the shortest prompt, with one repetition of the filler on each side of the key."""
         return len(self._parts(1, 1, 12345)[0])
 
     def __call__(self, length: int, key: int, *, distance: int | None = None, depth: float | None = None) -> Prompt:
-        """A prompt of `length` tokens.
+        """Makes a prompt. Pass either `distance` or `depth`.
 
         Args:
-          length: tokens, exactly.
-          key: the number to find.
-          distance: tokens from the key to the end, at most; or
-          depth: share of the filler that stands before the key, 0 to 1.
+          length: exact length in tokens.
+          key: number to find.
+          distance: maximum distance in tokens from the key to the end.
+          depth: share of the filler that precedes the key, 0 to 1.
 
         Raises:
-          InputError: if the length has no room for a repetition of the filler on both sides of the key.
+          InputError: if the length is too short for one repetition of the filler on each side of the key.
         """
         shortest = self.shortest()
         if length < shortest:
-            raise InputError(f"length {length} is too short for a passkey prompt: it needs at least {shortest} tokens")
+            raise InputError(f"length is {length}: a passkey prompt needs at least {shortest} tokens")
         units = (length - shortest) // self._unit + 2
         bare, _, key_token = self._parts(1, 0, key)
         nearest = len(bare) - key_token
@@ -111,9 +115,9 @@ class PromptMaker:
             fits = front + surplus < key_token and (depth is not None or place <= distance)
             if fits or after == 0:
                 break
-            after -= 1  # no room before the key, or farther than asked for
+            after -= 1  # too little filler before the key, or the key is too far from the end
         if front + surplus >= key_token:
-            raise InputError(f"length {length} is too short for a passkey prompt: it needs at least {shortest} tokens")
+            raise InputError(f"length is {length}: a passkey prompt needs at least {shortest} tokens")
         del tokens[front : front + surplus]
         return Prompt(tokens, key, len(tokens) - (key_token - surplus))
 
@@ -123,7 +127,7 @@ def _key(*seed: int) -> int:
 
 
 def found(text: str, key: int) -> bool:
-    """Whether the first run of digits in an answer is the key."""
+    """Whether the first sequence of digits in an answer is the key."""
     digits = re.search(r"\d+", text)
     return digits is not None and int(digits[0]) == key
 
@@ -145,7 +149,7 @@ def require_room(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
 def measure_distances(
     generator: Generator, tokenizer: Any, length: int, distances: int, trials: int, seed: int, batch_tokens: int
 ) -> dict[str, Any]:
-    """k_max at a window of `length` tokens, answer included.
+    """Measures k_max for a window of `length` tokens, including the answer.
 
     Raises:
       InputError: if the length is too short for the prompt.
@@ -173,7 +177,7 @@ def measure_grid(
     seed: int,
     batch_tokens: int,
 ) -> dict[str, Any]:
-    """Success by depth of the key (rows) and length of the input with its answer (columns)."""
+    """Measures success rates by depth of the key (rows) and length of the input including its answer (columns)."""
     make = PromptMaker(tokenizer)
     columns = []
     for length in lengths:
@@ -198,39 +202,39 @@ def _rates(generator, tokenizer, prompts: list[list[Prompt]], batch_tokens: int,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passkey(AnswerOptions):
-    """Passkey retrieval: up to which distance the model finds a number in its input."""
+    """Measure passkey retrieval: up to which distance the model finds a number in its input."""
 
     lengths: tuple[int, ...] = ()
-    """Windows in tokens, for k_max; empty: that of the model, unless there is a grid."""
+    """Windows in tokens for which to measure k_max; empty: the window of the model, unless there is a grid."""
     distances: int = 32
-    """Values of k for each length, evenly spaced up to it."""
+    """Number of values of k per length, evenly spaced up to the length."""
     trials: int = 10
-    """Keys for each k, and for each cell of the grid."""
+    """Number of keys per value of k, and per cell of the grid."""
     grid_lengths: tuple[int, ...] = ()
-    """Also measure by depth and length, at these lengths."""
+    """Lengths in tokens of a grid of success rates by depth and length; empty: no grid."""
     grid_depths: tuple[float, ...] = tuple(i / 10 for i in range(11))
-    """Depths of the grid: shares of the filler that stand before the key."""
+    """Depths of the grid: shares of the filler that precede the key."""
     seed: int = 0
     """Random seed of the keys."""
     figure: str = ""
-    """Also draw the grid, or else success against k, to this PNG file."""
+    """Also plot the grid, or success against k if there is no grid, to this PNG file."""
 
 
 def _check(args: Passkey) -> None:
     for name in ("distances", "trials"):
         if getattr(args, name) < 1:
-            raise InputError(f"{name} is {getattr(args, name)}: it must be at least 1")
+            raise InputError(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if not args.grid_depths or not all(0 <= depth <= 1 for depth in args.grid_depths):
-        raise InputError(f"grid-depths is {args.grid_depths}: depths must lie between 0 and 1")
+        raise InputError(f"--grid-depths is {args.grid_depths}: depths must be between 0 and 1")
     if args.seed < 0:
-        raise InputError(f"seed is {args.seed}: it must be 0 or more")
+        raise InputError(f"--seed is {args.seed}: it must be 0 or more")
     cli.require_writable(args.figure)
     if args.figure:
-        plotting.new_figure(1, 1, 1)  # fails now if it must
+        plotting.new_figure(1, 1, 1)  # fail early if matplotlib is not installed
 
 
 def passkey(args: Passkey) -> dict[str, Any]:
-    """Runs the command; returns what it prints as a dictionary."""
+    """Runs the command and returns its result."""
     _check(args)
     loaded = LoadedModel.for_evaluation(args)
     tokenizer, config = loaded.tokenizer, loaded.config
@@ -267,18 +271,18 @@ def passkey(args: Passkey) -> dict[str, Any]:
     log.info(f"{args.model}: {config.rope}, {args.trials} trials, {args.dtype}")
     log.info(table(report))
     if args.figure and jax.process_index() == 0:
-        draw(args.figure, report)
+        plot(args.figure, report)
     result.write(args.output, report)
     return report
 
 
 def table(report: dict[str, Any]) -> str:
-    """The result for people."""
+    """Formats a result as text."""
     lines = []
     for r in report["results"]:
         lines.append(
             f"window {r['length']}: k_max {r['k_max']} (20% of trials), {r['k_max_strict']} (all trials); found in "
-            f"{r['success']:.0%} of all"
+            f"{r['success']:.0%} of all trials"
         )
         lines.append("  k        " + "".join(f"{row['k']:>7}" for row in r["by_distance"]))
         lines.append("  found, % " + "".join(f"{100 * row['success']:7.0f}" for row in r["by_distance"]))
@@ -290,8 +294,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: str, report: dict[str, Any]) -> None:
-    """The grid as a heat map, or success against k where there is no grid."""
+def plot(path: str, report: dict[str, Any]) -> None:
+    """Plots the grid as a heat map, or success against k if there is no grid."""
     grid = report["grid"]
     figure, (axes,) = plotting.new_figure(8, 4.8, 1)
     if grid:
@@ -329,5 +333,5 @@ def draw(path: str, report: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
     cli.run(lambda: passkey(tyro.cli(Passkey, prog="python -m pi_jax.evaluate passkey", args=argv)))

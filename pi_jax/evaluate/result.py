@@ -1,4 +1,4 @@
-"""The result of an evaluation: one schema, one writer, one table printer."""
+"""The result of an evaluation: its schema, writing it as JSON, and printing tables."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from pi_jax.config import ModelConfig
 
 
 def report(command: str, path: str, config: ModelConfig, protocol: dict[str, Any], **found: Any) -> dict[str, Any]:
-    """What an evaluation writes with `--output`: the model, the protocol, the machine, and what was found.
+    """Builds the result that an evaluation writes with `--output`: model, protocol, devices and measurements.
 
     Args:
       command: name of the evaluation.
       path: folder of the model.
-      config: its architecture, scaled as it was evaluated.
-      protocol: everything that must be equal for two results to be comparable.
-      found: `results`, and whatever else the evaluation reports.
+      config: architecture of the model, including the applied scaling.
+      protocol: all settings that must be equal for two results to be comparable.
+      found: `results`, and other fields specific to the evaluation.
     """
     return {
         "command": command,
@@ -33,7 +33,7 @@ def report(command: str, path: str, config: ModelConfig, protocol: dict[str, Any
 
 
 def write(path: str, value: Any) -> None:
-    """Writes `value` as JSON, from process 0; an empty path writes nothing."""
+    """Writes `value` as JSON from process 0. Does nothing if the path is empty."""
     if path and jax.process_index() == 0:
         cli.write_json(path, value)
 
@@ -45,7 +45,7 @@ def effective_length(lengths: Sequence[int], scores: Sequence[float], threshold:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Rows of cells as aligned columns; the first `left` columns are left-aligned, the others right-aligned."""
+    """Formats cells as a table. The first `left` columns are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

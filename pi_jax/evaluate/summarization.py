@@ -1,8 +1,9 @@
-"""Summaries of long documents, scored by ROUGE: the paper's GovReport protocol (section 3.5, Table 6).
+"""Summarization of long documents, scored with ROUGE: the paper's GovReport protocol (section 3.5, Table 6).
 
-The first 15,000 tokens of a document stand in the paper's prompt; up to 1,000 tokens are drawn with temperature 0.5 and
-top-p 0.95; ROUGE is Google's `rouge-score`, F-measures averaged over documents. What the paper does not say is fixed
-here: words are stemmed, the prompt's last line ends before the summary, a summary ends at EOS.
+The paper's prompt contains the first 15,000 tokens of a document. Up to 1,000 tokens are sampled with temperature 0.5
+and top-p 0.95. ROUGE is computed with Google's `rouge-score`, and F-measures are averaged over documents. Our choices,
+where the paper gives no details: words are stemmed, there is a line break between prompt and summary, and a summary
+ends at EOS.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import AnswerOptions, LoadedModel, answer
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-"""rougeL takes the whole text as one sequence; rougeLsum joins the sequences of its lines."""
+"""rougeL treats the complete text as one sequence; rougeLsum combines the subsequences found for each line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summarization(AnswerOptions):
-    """ROUGE of a model's summaries of long documents: GovReport as in the paper's Table 6."""
+    """Compute ROUGE of a model's summaries of long documents: GovReport as in the paper's Table 6."""
 
     data: tuple[str, ...] = ()
     """.jsonl(.gz, .zst) or .parquet files with documents and their reference summaries."""
@@ -37,19 +38,19 @@ class Summarization(AnswerOptions):
     summary_field: str = "summary"
     """Field with the reference summary."""
     documents: int | None = None
-    """Only the first so many."""
+    """Number of documents to evaluate, from the first; default: all."""
     max_input: int = 15_000
-    """Tokens of the document that are kept, the first ones."""
+    """Maximum number of tokens of a document; the rest is cut off."""
     max_new_tokens: int = 1_000
-    """Tokens of a summary, at most."""
+    """Maximum number of tokens of a summary."""
     temperature: float = 0.5
-    """0: always the likeliest token."""
+    """Sampling temperature; 0 always selects the most likely token."""
     top_p: float = 0.95
-    """Draw from the smallest set of likeliest tokens that has this probability."""
+    """Sample from the smallest set of most likely tokens whose total probability reaches this value."""
     seed: int = 0
     """Random seed for sampling."""
     bos: bool = False
-    """Put the model's BOS token before the prompt."""
+    """Prepend the model's BOS token to the prompt."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,7 +63,7 @@ class Summarization(AnswerOptions):
 
 
 def rouge(references: Sequence[str], summaries: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """Precision, recall and F-measure of each of `METRICS` averaged over documents, and F of each document.
+    """Computes precision, recall and F-measure of `METRICS`, averaged over documents, and the F-measures per document.
 
     Words are lower-cased and stemmed, as `rouge_score` does with `use_stemmer`.
     """
@@ -74,27 +75,27 @@ def rouge(references: Sequence[str], summaries: Sequence[str]) -> tuple[dict[str
 
 
 def read_pairs(args: Summarization) -> list[Document]:
-    """Documents as prompts and their summaries as texts.
+    """Reads the documents (as `prompt`) and their reference summaries (as `text`).
 
     Raises:
-      InputError: for what `read_documents` refuses, or no documents.
+      InputError: as `read_documents`, or if there are no documents with a summary.
     """
     found = read_documents(args.data, args.summary_field, args.document_field)
     pairs = [d for d, _ in zip(found, range(args.documents), strict=False)] if args.documents else list(found)
     if empty := [d.name for d in pairs if not d.prompt.strip() or not d.text.strip()]:
-        log.warn(f"{some(empty)} left out: no document, or no summary")
+        log.warn(f"skipped {some(empty)}: the document or its summary is empty")
     pairs = [d for d in pairs if d.prompt.strip() and d.text.strip()]
     if not pairs:
-        raise InputError(f"{', '.join(args.data)}: there is no document with a summary in it")
+        raise InputError(f"--data {', '.join(args.data)} contains no document with a summary")
     return pairs
 
 
 def summarization(args: Summarization) -> dict[str, Any]:
-    """Runs the command; returns what it prints as a dictionary."""
+    """Runs the command and returns its result."""
     loaded = LoadedModel.for_evaluation(args)
     config, tokenizer, bos = loaded.config, loaded.tokenizer, loaded.config.bos_token_id
     if args.bos and bos is None:
-        raise InputError(f"--bos: {loaded.source.files}/config.json has no bos_token_id")
+        raise InputError(f"--bos is set, but {loaded.source.files}/config.json has no bos_token_id")
     pairs = read_pairs(args)
     prompts = Prompt(SUMMARIZE, args.max_input).encode(tokenizer, [d.prompt for d in pairs])
     prompts = [[*([bos] if args.bos else []), *p.tolist()] for p in prompts]
@@ -141,5 +142,5 @@ def summarization(args: Summarization) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
     cli.run(lambda: summarization(tyro.cli(Summarization, prog="python -m pi_jax.evaluate summarization", args=argv)))

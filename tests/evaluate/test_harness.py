@@ -166,7 +166,7 @@ def test_race_middle_has_the_form_of_race(tmp_path):
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        (["boolqq"], "task 'boolqq' is not one of lm-evaluation-harness's or of --include: did you mean boolq"),
+        (["boolqq"], "task 'boolqq' is neither in lm-evaluation-harness nor in --include: did you mean boolq"),
         (["nothing.yaml"], "task nothing.yaml: there is no such file"),
     ],
 )

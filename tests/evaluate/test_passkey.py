@@ -152,7 +152,7 @@ def test_the_command_writes_what_it_prints_and_draws(inputs, tmp_path, capsys):
     ("arguments", "message"),
     [
         ({"--model": "nowhere"}, "nowhere: there is no such folder"),
-        ({"--lengths": "100"}, "length 100 is too short"),
+        ({"--lengths": "100"}, "length is 100: a passkey prompt and its answer need at least"),
         ({"--trials": "0"}, "trials is 0"),
         ({"--grid-depths": "1.5"}, "grid-depths is (1.5,)"),
         ({"--seed": "-1"}, "seed is -1"),
@@ -178,7 +178,7 @@ def test_a_vocabulary_that_does_not_fit_is_said(inputs, tmp_path, mesh, capsys):
         hf.save(small, str(tmp_path / "m"), inputs["tokenizer"])
     with pytest.raises(SystemExit) as stop:
         passkey.main(["--model", str(tmp_path / "m"), "--lengths", "448"])
-    assert stop.value.code == 2 and "260 tokens, the model's vocab_size is 200" in capsys.readouterr().err
+    assert stop.value.code == 2 and "260 tokens, but the model's vocab_size is 200" in capsys.readouterr().err
 
 
 def test_a_real_generator_gives_the_batch_its_shape_once(inputs, mesh):

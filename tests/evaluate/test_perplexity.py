@@ -126,8 +126,8 @@ def test_what_a_reader_must_know_is_said(model_folder, inputs, tmp_path, capsys)
         (tmp_path / f"{name}.txt").write_text(text)
     _run("--model", model_folder, "--data", str(tmp_path), "--windows", "128", "--stride", "64")
     told = capsys.readouterr().err
-    assert "window 128 is beyond the 64 tokens that the model is scaled to" in told
-    assert "short.txt (30)" in told and "none.txt left out: a document needs at least two tokens" in told
+    assert "window 128 exceeds the window of the model, 64 tokens" in told
+    assert "short.txt (30)" in told and "none.txt: a document needs at least two tokens" in told
 
 
 @pytest.mark.parametrize("policy", ["none", "document", "window"])
@@ -185,7 +185,7 @@ def test_an_interrupted_evaluation_goes_on(model_folder, inputs, tmp_path, monke
     first, calls[:] = list(calls), []
     monkeypatch.setattr(sliding, "score_sequences", lambda *x: score_sequences(*x, fail=False))
     _run(*words)
-    assert "Going on after 16 windows" in capsys.readouterr().out
+    assert "Continuing after 16 windows" in capsys.readouterr().out
     monkeypatch.undo()
     resumed, whole = (json.loads(f.read_text())["results"] for f in (out, tmp_path / "whole.json"))
     needed = sum(-(-r["windows"] // 8) for r in whole)
@@ -217,7 +217,7 @@ def test_losses_of_another_evaluation_are_not_taken_up(tmp_path):
         ({"--windows": "100000"}, "longer than every document"),
         ({"--windows": "1"}, "windows"),
         ({"--stride": "0"}, "stride"),
-        ({"--stride": "64"}, "stride 64 with a window of 64: the stride must be shorter"),
+        ({"--stride": "64"}, "stride is 64: it must be shorter than the window, 64"),
         ({"--rope.kind": "cubic"}, "cubic"),
         ({"--output": "/proc/none/x.json"}, "cannot be written"),
     ],
@@ -237,7 +237,7 @@ def test_bad_input_is_one_sentence_and_status_2(model_folder, inputs, arguments,
 
 
 def test_a_foreign_tokenizer_is_noticed(inputs):
-    with pytest.raises(InputError, match="260 tokens, the model's vocab_size is 100"):
+    with pytest.raises(InputError, match="260 tokens, but the model's vocab_size is 100"):
         command.read_tokens([inputs["heldout"]], inputs["tokenizer"], 100, 50)
 
 

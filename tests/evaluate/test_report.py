@@ -103,8 +103,8 @@ def test_the_best_number_of_a_column_is_marked():
         (["nothing.json"], "write LABEL=PATH"),
         (["a=nothing.json"], "no file matches nothing.json"),
         (["a=pyproject.toml"], "pyproject.toml cannot be read as JSON"),
-        (["a=OTHER/config.json"], "config.json is not a result of python -m pi_jax.evaluate"),
-        (["a=tests"], "there is no result file of pi_jax in it"),
+        (["a=OTHER/config.json"], "config.json is neither a result of python -m pi_jax.evaluate"),
+        (["a=tests"], "the folder contains no result file of pi_jax"),
     ],
 )
 def test_bad_input_is_one_sentence(inputs, message, others, tmp_path, capsys):

@@ -166,7 +166,7 @@ def test_the_command_writes_what_it_prints(inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"--tasks": "niah_single_9"}, "task 'niah_single_9' is not known: choose from niah_single_1"),
+        ({"--tasks": "niah_single_9"}, "unknown task 'niah_single_9': choose from niah_single_1"),
         ({"--tasks": "niah_single_2"}, "niah_single_2 hides its needles in essays"),
         ({"--samples": "0"}, "samples is 0"),
         ({"--lengths": "100"}, "length 100 is too short for task niah_single_1"),

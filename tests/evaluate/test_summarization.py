@@ -55,7 +55,7 @@ def test_the_command(model_folder, data, tmp_path, capsys):
     again = _run(model_folder, data / "a.parquet", tmp_path / "b.json")
     other = _run(model_folder, data / "a.jsonl", tmp_path / "c.json", "--seed", "1")
     told = capsys.readouterr()
-    assert "a.jsonl:3 left out: no document, or no summary" in told.err
+    assert "a.jsonl:3: the document or its summary is empty" in told.err
     assert report["results"]["documents"] == 2 and report["protocol"]["temperature"] == 0.5
     tokenizer = load_tokenizer(model_folder)
     around = len(tokenizer(SUMMARIZE.replace("{}", ""), add_special_tokens=False)["input_ids"])

@@ -1,12 +1,12 @@
-"""Sliding-window perplexity, every token scored exactly once.
+"""Sliding-window perplexity, which scores each token exactly once.
 
-Five different things carry this name. This one: perplexity is exp(sum of losses / tokens scored) over all documents,
-which are never joined; `pi_jax.evaluate.perplexity.sliding` has the windows. No BOS is prepended unless asked for.
-(Press et al. 2021 after Chen et al. 2023, section 3.1; weighting as in PoSE.) Beside it stands what YaRN's evaluator
-calls perplexity: exp of the mean over windows of each window's mean loss.
+Several different quantities are called sliding-window perplexity. Here it is exp(sum of losses / tokens scored) over
+all documents, which are never joined; `pi_jax.evaluate.perplexity.sliding` defines the windows. By default, no BOS is
+prepended. (Press et al. 2021 as used by Chen et al. 2023, section 3.1; weighting as in PoSE.) The result also contains
+what YaRN's evaluator calls perplexity: exp of the mean over windows of the mean loss per window.
 
-Losses are kept by position in the document: that shows *where* a window breaks, or stops helping, which an average
-hides.
+Losses are reported by position in the document, which shows *where* a window fails or stops helping. An average hides
+this.
 """
 
 import dataclasses
@@ -30,24 +30,24 @@ from pi_jax.evaluate.perplexity.sliding import Partial, Window, identity, plan_w
 from pi_jax.model import Llama
 
 _CHARACTERS_A_TOKEN = 64
-"""Characters per token to tokenize first, where only the first tokens of a text are needed."""
+"""Characters to tokenize per needed token, if only the first tokens of a text are needed."""
 _CURVE_POINTS = 64
 
 BosPolicy = Literal["none", "document", "window"]
-"""'none': no BOS; 'document': before the first token of a document, as in training; 'window': before every window,
-which then holds one token of text fewer (YaRN, PoSE)."""
+"""'none': no BOS; 'document': before the first token of each document, as in training; 'window': before each window,
+which then contains one token of text fewer (YaRN, PoSE)."""
 
 
 def summarize(
     losses: Sequence[np.ndarray], names: Sequence[str], edges: Sequence[int], windows: Sequence[Window]
 ) -> dict[str, Any]:
-    """What the losses of documents say: over all tokens, by window, by document, and by position in the document.
+    """Computes perplexity over all tokens, by window, by document, and by position in the document.
 
     Args:
-      losses: of each document's tokens; NaN for what is not scored.
-      names: of the documents.
-      edges: bounds of the ranges of positions.
-      windows: that scored them, for the mean over windows.
+      losses: losses of the tokens of each document; NaN for tokens that are not scored.
+      names: names of the documents.
+      edges: boundaries of the ranges of positions.
+      windows: windows that scored the tokens, for the mean over windows.
     """
     longest = max(len(x) for x in losses)
     edges = sorted({0, *(e for e in edges if 0 < e < longest), longest})
@@ -74,7 +74,7 @@ def summarize(
 
 
 def _by_position(losses: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens scored at each position, and the sum of their losses, over all documents."""
+    """Returns the number of scored tokens at each position, and the sum of their losses, over all documents."""
     counts, sums = np.zeros(longest, np.int64), np.zeros(longest)
     for x in losses:
         counts[: len(x)] += ~np.isnan(x)
@@ -97,17 +97,20 @@ def _exp(loss: float) -> float:
 
 
 def default_edges(longest: int) -> list[int]:
-    """Powers of two from 256 on."""
+    """Returns powers of two from 256 on."""
     return [2**i for i in range(8, max(9, longest.bit_length()))]
 
 
 def read_tokens(
     data: Sequence[str], tokenizer_dir: str, vocab_size: int, max_tokens: int | None, text_field: str = "text"
 ) -> tuple[list[str], list[np.ndarray]]:
-    """Names and token ids (no special tokens) of the documents in text files, cut to `max_tokens`.
+    """Reads documents and tokenizes them without special tokens, truncated to `max_tokens`.
+
+    Returns:
+      The names of the documents and their token ids.
 
     Raises:
-      InputError: if there is no text, or the tokenizer has ids that the model has not.
+      InputError: if there is no text, or the tokenizer has more tokens than the model.
     """
     from pi_jax.data import documents, prepare
 
@@ -118,7 +121,7 @@ def read_tokens(
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return prepare.encode(tokenizer, texts, bos=False, eos=False)
 
-    # The beginning of a book will do for its first tokens; where it gives too few, the whole is tokenized.
+    # Tokenize only the beginning of a long document; if that gives too few tokens, tokenize the complete document.
     cut = _CHARACTERS_A_TOKEN * max_tokens if max_tokens else None
     tokens = encode([d.text[:cut] for d in found])
     short = [i for i, d in enumerate(found) if cut and len(d.text) > cut and len(tokens[i]) <= max_tokens]
@@ -128,37 +131,37 @@ def read_tokens(
     if not kept:
         raise InputError(f"{', '.join(data)}: there is no text to evaluate on")
     if empty := [d.name for d, t in zip(found, tokens, strict=True) if len(t) < 2]:
-        log.warn(f"{some(empty)} left out: a document needs at least two tokens")
+        log.warn(f"skipped {some(empty)}: a document needs at least two tokens")
     return [n for n, _ in kept], [t for _, t in kept]
 
 
 def warn_about_windows(model: ModelConfig, names: Sequence[str], documents: Sequence[np.ndarray], windows) -> None:
-    """Says what a reader of the result must know about the windows: beyond the model's own, or longer than the text."""
+    """Warns if a window exceeds the window of the model or the length of a document."""
     if max(windows) > model.max_position_embeddings:
         log.warn(
-            f"window {max(windows)} is beyond the {model.max_position_embeddings} tokens that the model is scaled to "
-            f"({model.rope}): expect perplexity to explode there"
+            f"window {max(windows)} exceeds the window of the model, {model.max_position_embeddings} tokens "
+            f"({model.rope}): expect a very large perplexity"
         )
     lengths = [len(tokens) for tokens in documents]
     if short := [f"{n} ({length})" for n, length in zip(names, lengths, strict=True) if length < max(windows)]:
-        log.warn(f"shorter than a window of {max(windows)} tokens, and read in one window: {some(short)}")
+        log.warn(f"shorter than a window of {max(windows)} tokens, so scored in one window: {some(short)}")
 
 
 def check_windows(documents: Sequence[np.ndarray], windows: Sequence[int], stride: int) -> int:
-    """The length of the longest document.
+    """Checks the windows and returns the length of the longest document.
 
     Raises:
-      InputError: if a window is longer, or advances by so much that a scored token would have none before it.
+      InputError: if a window is longer than all documents, or the stride is not shorter than a window.
     """
     longest = max(len(tokens) for tokens in documents)
     if max(windows) > longest:
         raise InputError(
             f"window {max(windows)} is longer than every document (the longest has {longest} tokens): "
-            "evaluate on longer text or a shorter window"
+            "use longer text or a shorter window"
         )
     for window in windows:
         if stride >= window < longest:
-            raise InputError(f"stride {stride} with a window of {window}: the stride must be shorter than the window")
+            raise InputError(f"stride is {stride}: it must be shorter than the window, {window}")
     return longest
 
 
@@ -173,18 +176,19 @@ def evaluate_model(
     edges: Sequence[int] = (),
     partial: str = "",
 ) -> list[dict[str, Any]]:
-    """One result for each window; see `summarize`. How far it is, and the time left, is shown on stderr.
+    """Evaluates a model and returns one result per window; see `summarize`. Shows a progress bar on stderr.
 
     Args:
-      model: with parameters on `mesh`.
-      mesh: the mesh that is set.
-      names: of the documents.
-      documents: token ids.
+      model: model with its parameters on `mesh`.
+      mesh: mesh that is currently set.
+      names: names of the documents.
+      documents: token ids of each document.
       windows: window sizes in tokens.
-      stride: tokens that a window advances.
-      bos: token put before every window, or None.
-      edges: bounds of the ranges of positions in the result; empty: powers of two.
-      partial: file that holds what is scored so far, so that an interrupted evaluation goes on; empty: none.
+      stride: number of tokens by which a window advances.
+      bos: token to prepend to each window, or None.
+      edges: boundaries of the ranges of positions in the result; empty: powers of two.
+      partial: file in which to save the losses computed so far, so that an interrupted evaluation can continue; empty:
+        none.
 
     Raises:
       InputError: if a window is longer than every document.
@@ -194,11 +198,11 @@ def evaluate_model(
     plans = {window: plan_windows(lengths, window, stride, bos) for window in windows}
     saved = Partial(partial, identity(model, documents, bos)) if partial else None
     if saved and saved.rejected:
-        log.warn(f"{partial} is damaged or of another evaluation: starting afresh")
+        log.warn(f"{partial} is damaged or belongs to another evaluation: starting from the beginning")
     elif saved and saved.windows_done:
-        log.info(f"Going on after {saved.windows_done} windows that {partial} holds")
+        log.info(f"Continuing after {saved.windows_done} windows saved in {partial}")
     results = []
-    # In tokens read, so that the time left is about right.
+    # The bar counts tokens, which makes the estimated time about right.
     total = sum(window * len(plan) for window, plan in plans.items())
     with log.progress(total, "perplexity", "token") as bar:
         for window, plan in plans.items():
@@ -215,7 +219,7 @@ def evaluate_model(
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Results for people: a row a window, a column a range of positions."""
+    """Formats results as a table with one row per window and one column per range of positions."""
     buckets = results[0]["by_position"]
     heads = ["window", "tokens", "perplexity", "window mean"]
     heads += [f"{_short(b['from'])}-{_short(b['to'])}" for b in buckets]
@@ -237,44 +241,47 @@ def _number(x: float | None) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(ModelOptions):
-    """Sliding-window perplexity of a model on text: every token scored once, by token, by window and by document."""
+    """Compute sliding-window perplexity of a model on text, by token, by window and by document."""
 
     data: tuple[str, ...]
     """Text files, folders or globs: .txt, .jsonl(.gz, .zst), .parquet."""
     windows: tuple[int, ...]
     """Window sizes in tokens."""
     stride: int = 256
-    """Tokens a window advances."""
+    """Number of tokens by which a window advances. A smaller stride gives tokens more context and takes longer."""
     max_tokens: int | None = None
-    """Cut documents to this many tokens."""
+    """Maximum number of tokens per document; the rest is cut off."""
     edges: tuple[int, ...] = ()
-    """Bounds of the ranges of document positions that are reported; empty: powers of two."""
+    """Boundaries of the reported ranges of document positions, in tokens; empty: powers of two."""
     bos: BosPolicy = "none"
-    """Where the model's BOS token stands: nowhere, before every document, or before every window (which then holds one
-    token of text fewer, as in YaRN's evaluator)."""
+    """Where to prepend the model's BOS token: nowhere, before each document, or before each window (which then contains
+    one token of text fewer, as in YaRN's evaluator)."""
     text_field: str = "text"
-    """Field of .jsonl and .parquet."""
+    """Field with the text in .jsonl and .parquet files."""
     output: str = ""
-    """Also write the result to this JSON file. An interrupted evaluation leaves FILE.partial and goes on from there."""
+    """Also write the result to this JSON file. An interrupted evaluation continues from FILE.partial."""
 
     def __post_init__(self):
         if self.stride < 1 or any(w < 2 for w in self.windows) or not self.windows:
-            raise InputError(f"windows {self.windows} with stride {self.stride}: need windows >= 2 and a stride >= 1")
+            raise InputError(
+                f"--windows is {self.windows} and --stride is {self.stride}: windows must be at least 2, and the "
+                "stride at least 1"
+            )
         if self.max_tokens is not None and self.max_tokens < 2:
-            raise InputError(f"max-tokens is {self.max_tokens}: it must be at least 2")
+            raise InputError(f"--max-tokens is {self.max_tokens}: it must be at least 2")
 
 
 def perplexity(args: Perplexity) -> dict[str, Any]:
-    """Runs the command; returns what it prints as a dictionary."""
+    """Runs the command and returns its result."""
     loaded = LoadedModel.for_evaluation(args)
     source, shards = loaded.source, loaded.mesh.shape["context"]
     if uneven := [window for window in args.windows if window % shards]:
-        raise InputError(f"window {uneven[0]} does not divide over mesh.context {shards}: choose a multiple of it")
+        raise InputError(f"window {uneven[0]} is not divisible by mesh.context {shards}: choose a multiple of it")
     names, documents = read_tokens(args.data, source.files, source.config.vocab_size, args.max_tokens, args.text_field)
     bos = source.config.bos_token_id
     if args.bos != "none" and bos is None:
-        raise InputError(f"--bos {args.bos}: {source.files}/config.json has no bos_token_id")
-    if args.bos == "document":  # one token more to read, which nothing predicts
+        raise InputError(f"--bos is {args.bos}, but {source.files}/config.json has no bos_token_id")
+    if args.bos == "document":  # BOS itself is not scored
         documents = [np.concatenate([[bos], tokens]) for tokens in documents]
     check_windows(documents, args.windows, args.stride)
     warn_about_windows(source.config, names, documents, args.windows)
@@ -316,5 +323,5 @@ def perplexity(args: Perplexity) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
     cli.run(lambda: perplexity(tyro.cli(Perplexity, prog="python -m pi_jax.evaluate perplexity", args=argv)))

@@ -1,9 +1,9 @@
-"""Sliding windows over documents: the loss of every token, scored exactly once.
+"""Sliding windows over documents, which score each token exactly once.
 
-A window of W tokens starts at the beginning of a document and advances by S tokens; the last one ends with the document
-and may be shorter. The first window scores all its tokens but the very first; each later one only the tokens that it
-adds, so these have at least W - S tokens before them. It is the loop of Hugging Face's documentation, of YaRN's and of
-PoSE's evaluator (docs/evaluation.md says how they differ in what they average).
+A window of W tokens starts at the beginning of a document and advances by S tokens. The last window ends with the
+document and may be shorter. The first window scores all its tokens except the very first; each later window scores only
+the tokens that it adds, which have at least W - S tokens before them. Hugging Face's documentation and the evaluators
+of YaRN and PoSE use the same windows (docs/evaluation.md describes how their averages differ).
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.model import Llama
 
 BATCH_TOKENS = 8192
-"""Tokens that a device reads at a time: several short windows side by side, or one long one."""
+"""Maximum number of tokens per device and batch, unless a single window is longer."""
 _SECONDS_BETWEEN_SAVES = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Tokens [start, stop) of a document are read, of which [first, stop) are scored."""
+    """A window that contains tokens [start, stop) of a document and scores [first, stop)."""
 
     document: int
     start: int
@@ -38,7 +38,7 @@ class Window:
 
 
 def sliding_windows(document: int, length: int, window: int, stride: int) -> Iterator[Window]:
-    """The windows over a document of `length` tokens: each token but the first is scored once."""
+    """Yields the windows over a document of `length` tokens. Each token except the first is scored once."""
     start, stop = 0, min(window, length)
     yield Window(document, 0, 1, stop)
     while stop < length:
@@ -47,15 +47,15 @@ def sliding_windows(document: int, length: int, window: int, stride: int) -> Ite
 
 
 def plan_windows(lengths: Sequence[int], window: int, stride: int, bos: int | None = None) -> list[Window]:
-    """The windows over documents of these lengths, those that score most tokens first.
+    """Returns the windows over documents of the given lengths, those that score the most tokens first.
 
-    With a BOS token in front, a window holds one token of text fewer, and even a document's first token is scored.
+    With a BOS token, a window contains one token of text fewer, and the first token of a document is scored too.
     """
     width = window - (bos is not None)
     plan = [w for i, n in enumerate(lengths) for w in sliding_windows(i, n, width, stride)]
     if bos is not None:
         plan = [dataclasses.replace(w, first=0) if w.start == 0 else w for w in plan]
-    return sorted(plan, key=lambda w: w.start > 0)  # windows of a batch then have about the same columns to score
+    return sorted(plan, key=lambda w: w.start > 0)  # windows in a batch then score similar ranges
 
 
 def score_documents(
@@ -68,17 +68,19 @@ def score_documents(
     advance: Callable[[int], object] = lambda windows: None,
     partial: "Partial | None" = None,
 ) -> list[Float[np.ndarray, " n"]]:
-    """The loss in nats of every token of every document; NaN for what is not scored (the first token, without BOS).
+    """Computes the loss in nats of each token of each document; NaN for tokens that are not scored.
+
+    Without BOS, the first token of a document is not scored.
 
     Args:
-      model: with parameters on `mesh`.
-      documents: token ids, one array each.
-      window: tokens that the model sees at most, BOS included. One program is compiled for it.
-      stride: tokens that a window advances.
-      mesh: its data and fsdp axes take windows side by side.
-      bos: token put before every window, or None.
-      advance: called with the number of windows done since the last call.
-      partial: where an interrupted evaluation is taken up.
+      model: model with its parameters on `mesh`.
+      documents: token ids of each document.
+      window: window size in tokens, including BOS. One program is compiled per window size.
+      stride: number of tokens by which a window advances.
+      mesh: mesh; a batch of windows is sharded over its data and fsdp axes.
+      bos: token to prepend to each window, or None.
+      advance: called with the number of windows completed since the last call.
+      partial: saved losses, from which an interrupted evaluation continues.
     """
     shift = bos is not None
     plan = plan_windows([len(tokens) for tokens in documents], window, stride, bos)
@@ -107,11 +109,11 @@ def score_documents(
 
 
 class Partial:
-    """What is scored so far, in a file beside the result, so that an interrupted evaluation goes on.
+    """Saves the losses computed so far in a file, so that an interrupted evaluation can continue.
 
     Args:
-      path: the file; process 0 writes it, at most every half minute and when a window size is done.
-      identity: of the model, text and protocol: losses of another evaluation are not taken up.
+      path: file to write. Process 0 writes it at most every 30 seconds, and when a window size is completed.
+      identity: digest of model, text and protocol. A file with another identity is rejected.
     """
 
     def __init__(self, path: str | pathlib.Path, identity: str):
@@ -126,22 +128,22 @@ class Partial:
                     self.rejected = True
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: scored anew
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # the file is damaged
             self.rejected = True
 
     @property
     def windows_done(self) -> int:
-        """Windows scored so far, over all window sizes."""
+        """Number of windows scored so far, over all window sizes."""
         return sum(int(array) for name, array in self._arrays.items() if name.endswith("done"))
 
     def load(self, key: str, empty: np.ndarray) -> tuple[int, np.ndarray]:
-        """Windows done and losses found under a key; 0 and `empty` if there are none."""
+        """Returns the number of windows done and the losses saved under a key, or 0 and `empty`."""
         if f"{key}/done" not in self._arrays:
             return 0, empty
         return int(self._arrays[f"{key}/done"]), self._arrays[f"{key}/losses"]
 
     def save(self, key: str, done: int, losses: np.ndarray, last: bool) -> None:
-        """Remembers, and writes the file if it is time."""
+        """Records the losses under a key, and writes the file if it is due or this is the last batch."""
         self._arrays |= {f"{key}/done": np.int64(done), f"{key}/losses": losses}
         if jax.process_index() or (not last and time.monotonic() - self._saved < _SECONDS_BETWEEN_SAVES):
             return
@@ -151,7 +153,7 @@ class Partial:
 
 
 def identity(model: Llama, documents: Sequence[np.ndarray], *facts: object) -> str:
-    """A digest of an evaluation's parameters, text and protocol, wherever the model's files lie."""
+    """Returns a digest of the weights, text and protocol of an evaluation, independent of the model's path."""
     sums = jax.jit(lambda model: [jnp.sum(jnp.abs(x), dtype=jnp.float32) for x in jax.tree.leaves(model)])(model)
     digest = hashlib.sha256(repr((model.config, model.compute, [x.item() for x in sums], facts)).encode())
     for tokens in documents:

@@ -1,4 +1,4 @@
-"""The command: result files in, `FILE.html` and `FILE.md` out."""
+"""`python -m pi_jax.evaluate report`: reads result files and writes `FILE.html` and `FILE.md`."""
 
 import dataclasses
 import pathlib
@@ -15,15 +15,16 @@ from pi_jax.evaluate.report.sections import build
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One page from the result files of several models, side by side: tables in the paper's shape, curves, heat maps.
+    """Create one page that compares several models: tables like those of the paper, curves and heat maps.
 
     For example: --inputs 'original=r/base-*.json' 'interpolated=r/untuned-*.json' 'tuned=r/tuned-*.json' runs=..."""
 
     inputs: tuple[str, ...]
-    """LABEL=PATH: what a model is called in the report, and a result file, a metrics.jsonl, a glob or a folder of them.
-    A label may come more than once; rows stand in the order of the labels."""
+    """LABEL=PATH: the name of a model in the report, and a result file, a metrics.jsonl, a glob or a folder of them.
+    A label may be repeated; table rows are in the order of the labels."""
     output: str
-    """HTML file to write; the same in Markdown, without the figures, goes beside it with the ending .md."""
+    """HTML file to write. The same content in Markdown, without the figures, is written next to it with the extension
+    .md."""
     title: str = "Long-context evaluation"
     """Heading of the page."""
 
@@ -31,7 +32,7 @@ class Report:
         if not self.inputs:
             raise InputError("--inputs is empty: it needs at least one LABEL=PATH")
         if not self.output.endswith(".html"):
-            raise InputError(f"--output is {self.output}: its ending must be .html")
+            raise InputError(f"--output is {self.output}: its extension must be .html")
 
 
 def report(args: Report) -> None:
@@ -49,5 +50,5 @@ def report(args: Report) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
     cli.run(lambda: report(tyro.cli(Report, prog="python -m pi_jax.evaluate report", args=argv)))

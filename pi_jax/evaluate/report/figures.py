@@ -1,4 +1,4 @@
-"""Drawings of a report, as SVG text that a page can hold."""
+"""Creates the figures of a report as SVG text, to embed in a page."""
 
 import collections
 import io
@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 matplotlib.use("Agg")
 _SETTINGS = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "pi_jax",  # the same results give the same file
+    "svg.fonttype": "none",  # keep text as text
+    "svg.hashsalt": "pi_jax",  # makes the output reproducible
     "font.family": "sans-serif",
     "font.size": 11,
     "axes.spines.top": False,
@@ -25,11 +25,11 @@ _SETTINGS = {
 _STYLES = ("-", "--", "-.", ":")
 
 Line = tuple[str, str, Sequence[float], Sequence[float]]
-"""Model, what else tells the line from the model's others, x and y."""
+"""Label of the model, label of the line among those of the model, x values, y values."""
 
 
 def tokens(n: float) -> str:
-    """8192 as '8k', 200 as '200'."""
+    """Formats a number of tokens: 8192 as '8k', 200 as '200'."""
     n = int(n)
     return f"{n / 1024:g}k" if n >= 1024 and n % 256 == 0 else f"{n:,}"
 
@@ -37,14 +37,14 @@ def tokens(n: float) -> str:
 def lines(
     data: Sequence[Line], x_label: str, y_label: str, *, log_y: bool = False, marks: Sequence[tuple[str, float]] = ()
 ) -> str:
-    """Lines over tokens or steps: a colour for each model, a style for each of its lines.
+    """Plots lines over tokens or steps. Each model has a color, and each of its lines a style.
 
     Args:
-      data: the lines; with one y fewer than x, values are drawn as steps between the x.
-      x_label: quantity and unit.
-      y_label: quantity and unit.
-      log_y: y is logarithmic.
-      marks: vertical lines, a name and its x each.
+      data: lines to plot. If a line has one y fewer than x, it is plotted as steps between the x values.
+      x_label: quantity and unit of x.
+      y_label: quantity and unit of y.
+      log_y: whether y is logarithmic.
+      marks: name and x of each vertical line.
     """
     with plt.rc_context(_SETTINGS):
         figure, axes = plt.subplots(figsize=(9.6, 4.4), layout="constrained")
@@ -100,7 +100,7 @@ def _token_axis(axes: Any, label: str) -> None:
 
 
 def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str) -> str:
-    """Success rates from 0 to 1: a row a depth, a column a length; each cell carries its percentage."""
+    """Plots success rates from 0 to 1 by depth (rows) and length (columns), with the percentage in each cell."""
     with plt.rc_context({**_SETTINGS, "axes.grid": False}):
         grid = np.array(values, float)
         size = (min(11, 2.6 + 0.72 * len(columns)), 1.7 + 0.42 * len(rows))

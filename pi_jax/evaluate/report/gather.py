@@ -1,4 +1,4 @@
-"""Result files, each under the name that its model has in the report."""
+"""Reads result files and assigns each to the label of its model in the report."""
 
 import dataclasses
 import glob
@@ -10,28 +10,30 @@ from typing import Any
 from pi_jax.errors import InputError
 
 COMMANDS = ("perplexity", "passkey", "ruler", "harness", "summarization")
+"""Evaluations whose result files can be read."""
 METRICS = "metrics"
-"""Kind of a run's log, metrics.jsonl."""
+"""Kind of a training log, metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One file."""
+    """A result file."""
 
     label: str
+    """Name of the model in the report."""
     path: str
     kind: str
     """A command of `COMMANDS`, or `METRICS`."""
     data: Any
-    """What the command wrote; for a log, its lines."""
+    """Content of the file; for a training log, the list of its lines."""
 
 
 def gather(inputs: Sequence[str]) -> list[Result]:
-    """Reads LABEL=PATH, in the order given; a path is a file, a glob or a folder.
+    """Reads inputs of the form LABEL=PATH in the given order. A path is a file, a glob or a folder.
 
     Raises:
-      InputError: for an input without a label, a path without files, or a file that no command of ours wrote. In a
-        folder such files are passed over.
+      InputError: if an input has no label, a path matches no files, or a file is not a result file. In a folder, other
+        files are ignored.
     """
     results = []
     for text in inputs:
@@ -42,12 +44,12 @@ def gather(inputs: Sequence[str]) -> list[Result]:
         read = [(file, _read(file, required=named)) for file in found]
         results += [Result(label, file, *content) for file, content in read if content]
         if not any(content for _, content in read):
-            raise InputError(f"--inputs {text!r}: there is no result file of pi_jax in it")
+            raise InputError(f"--inputs {text!r}: the folder contains no result file of pi_jax")
     return results
 
 
 def _files(path: str) -> tuple[list[str], bool]:
-    """Files, and whether they were named one by one."""
+    """Returns the files of a path, and whether all of them must be result files (those of a folder need not be)."""
     folder = pathlib.Path(path)
     if folder.is_dir():
         return sorted(str(f) for f in folder.iterdir() if f.name.endswith((".json", ".jsonl"))), False
@@ -72,6 +74,6 @@ def _read(file: str, required: bool) -> tuple[str, Any] | None:
         raise InputError(f"{file} cannot be read as JSON: {error}") from None
     if required:
         raise InputError(
-            f"{file} is not a result of python -m pi_jax.evaluate ({', '.join(COMMANDS)}) nor a metrics.jsonl"
+            f"{file} is neither a result of python -m pi_jax.evaluate ({', '.join(COMMANDS)}) nor a metrics.jsonl"
         )
     return None

@@ -1,4 +1,4 @@
-"""A report as a document of tables, figures and notes, and that document as HTML and as Markdown."""
+"""The content of a report (tables, figures and notes), and its conversion to HTML and Markdown."""
 
 import dataclasses
 import html
@@ -9,17 +9,18 @@ Cell = str | float | int | None
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first column is text, the others are numbers or text."""
+    """A table. The first column is text; the others are numbers or text."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     best: str = ""
-    """'low' or 'high': the best number of each column is set in bold."""
+    """Whether the best number of each column, which is set in bold, is the 'low'est or 'high'est; empty: none."""
     digits: int = 2
+    """Decimal places."""
 
     def shown(self) -> list[list[tuple[str, bool]]]:
-        """Each cell's text, and whether it is its column's best."""
+        """Returns the text of each cell, and whether it is the best of its column."""
         best = {}
         for i in range(1, len(self.heads)):
             numbers = [row[i] for row in self.rows if isinstance(row[i], float)]
@@ -40,7 +41,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A drawing, as SVG, and what it shows in words."""
+    """A figure as SVG, with a caption."""
 
     svg: str
     caption: str
@@ -48,16 +49,18 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Something measured: tables and figures, and the protocol that they were measured by."""
+    """A section of a report: tables and figures, and the protocol of the measurements."""
 
     title: str
     parts: Sequence[Table | Figure]
     protocol: Sequence[str]
+    """Lines that describe the protocol."""
     lead: str = ""
+    """Introductory paragraph."""
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """Tables and protocols; the figures stand in the HTML page."""
+    """Converts a report to Markdown, without its figures."""
     lines = [f"# {title}"]
     for section in sections:
         lines += ["", f"## {section.title}", ""]
@@ -75,7 +78,7 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One file with nothing outside it."""
+    """Converts a report to a self-contained HTML page."""
     links = "".join(f'<a href="#s{i}">{_escape(s.title)}</a>' for i, s in enumerate(sections))
     body = "\n".join(_section(i, section) for i, section in enumerate(sections))
     return (

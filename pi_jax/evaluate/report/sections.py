@@ -1,4 +1,4 @@
-"""From results to the sections of a report, in the shape of the paper's tables."""
+"""Creates the sections of a report from results, with tables like those of the paper."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +12,13 @@ _MOST_COLUMNS = 12
 _NAMES = {"bos": "BOS", "max_tokens": "documents cut to"}
 _PAPER_TASKS = {"boolq": "BoolQ", "piqa": "PIQA", "race_middle": "RACE-M", "race": "RACE-H", "winogrande": "WinoGrande"}
 _TRUNCATED = (
-    "A model whose window is smaller than the text reads it through a sliding window: truncation, the baseline that an "
-    "extended window has to beat."
+    "A model whose window is shorter than the text is evaluated with a sliding window. This truncation is the baseline "
+    "for an extended window."
 )
 
 
 def build(results: Sequence[Result]) -> list[Section]:
-    """All sections that the results give something for."""
+    """Creates all sections for which there are results."""
     makers: Sequence[tuple[str, Callable[[list[Result]], Iterable[Section]]]] = (
         ("perplexity", perplexity),
         (METRICS, training),
@@ -36,7 +36,7 @@ def _labels(results: Iterable[Any]) -> list[str]:
 
 
 def _protocol(results: Sequence[Result], *skip: str) -> list[str]:
-    """What all share, then what differs, by label; and where each model came from."""
+    """Lists the settings that all results share, those that differ by label, and the origin of each model."""
     lines, labels = [], _labels(results)
     names = list(dict.fromkeys(name for r in results for name in r.data.get("protocol", {})))
     for name in (n for n in names if n not in skip):
@@ -78,7 +78,7 @@ def _text(value: Any) -> str:
 
 
 def perplexity(results: list[Result]) -> Iterable[Section]:
-    """A section for each text: only numbers of the same tokens stand in one table."""
+    """Creates one section per text, because only results for the same tokens are comparable."""
     texts: dict[tuple, list[tuple[Result, dict]]] = {}
     for result in results:
         for entry in result.data["results"]:
@@ -101,7 +101,7 @@ def _perplexity_of(title: str, found: list[tuple[Result, dict]]) -> Section:
         Table(heads, grid(lambda e: e["perplexity"]), "Perplexity, weighted by token", "low")
     ]
     if all("window_mean_perplexity" in e for e in cells.values()):
-        caption = "Perplexity as YaRN's evaluator averages it: over windows"
+        caption = "Perplexity averaged over windows, as in YaRN's evaluator"
         parts.append(Table(heads, grid(lambda e: e["window_mean_perplexity"]), caption, "low"))
 
     def name(key: tuple[str, int]) -> str:
@@ -125,7 +125,7 @@ def _perplexity_of(title: str, found: list[tuple[Result, dict]]) -> Section:
         log_y=True,
         marks=[m for m in marks if m[1] < longest],
     )
-    parts.append(Figure(svg, "Perplexity of the tokens at each position: where it rises, the window breaks."))
+    parts.append(Figure(svg, "Perplexity of the tokens at each position. A sharp rise is where the window ends."))
     if max(sum(k == label for k, _ in cells) for label in labels) > 2:
         parts += [_against_windows(labels, windows, cells)]
     documents = [pathlib.Path(d["name"]).stem for d in found[0][1]["documents"]]
@@ -134,16 +134,16 @@ def _perplexity_of(title: str, found: list[tuple[Result, dict]]) -> Section:
         parts.append(Table(["model", *documents], rows, "By document", "low"))
     strides: dict[str, list[str]] = {}
     for k in ordered:
-        stride = "one window a document" if cells[k]["stride"] >= k[1] else f"stride {cells[k]['stride']:,}"
+        stride = "one window per document" if cells[k]["stride"] >= k[1] else f"stride {cells[k]['stride']:,}"
         strides.setdefault(stride, []).append(name(k))
-    notes = ["every token scored once; windows advance by their stride"]
+    notes = ["each token is scored once; windows advance by their stride"]
     notes += [f"{stride}: {'; '.join(names)}" for stride, names in strides.items()]
     lead = _TRUNCATED if len(windows) > 1 else ""
     return Section(title, parts, [*notes, *_protocol([r for r, _ in found], "stride")], lead)
 
 
 def _curve(entry: dict) -> tuple[list[int], list[float]]:
-    """Edges and the values between them."""
+    """Returns the edges of the position ranges, and the perplexities between them."""
     parts = [p for p in entry.get("curve", entry["by_position"]) if p["perplexity"] is not None]
     return [parts[0]["from"], *(p["to"] for p in parts)], [p["perplexity"] for p in parts]
 
@@ -154,14 +154,14 @@ def _against_windows(labels: list[str], windows: list[int], cells: dict) -> Figu
         own = [w for w in windows if (label, w) in cells]
         data.append((label, "", own, [cells[label, w]["perplexity"] for w in own]))
     svg = figures.lines(data, "window (tokens)", "perplexity", log_y=True)
-    return Figure(svg, "Perplexity against the window that the model reads.")
+    return Figure(svg, "Perplexity against window size.")
 
 
 # ---- Tables 3 and 4: perplexity and passkey against training steps.
 
 
 def training(results: list[Result]) -> Iterable[Section]:
-    """Curves over the steps of training runs, from their logs."""
+    """Creates the section with metrics over the steps of training runs, from their logs."""
     names = list(dict.fromkeys(name for r in results for line in r.data for name in line))
     groups = (
         ("perplexity/", "perplexity", "Table 3: perplexity on held-out text against training steps", "low"),
@@ -186,8 +186,8 @@ def training(results: list[Result]) -> Iterable[Section]:
             parts.append(Figure(figures.lines(data, "training steps", unit, log_y=unit == "perplexity"), title))
     losses = [(r.label, "", list(p), list(p.values())) for r in results if (p := _series(r.data, "loss"))]
     if losses:
-        svg = figures.lines(losses, "training steps", "loss (nats a token)")
-        parts.append(Figure(svg, "Training loss: the mean over the steps since the point before."))
+        svg = figures.lines(losses, "training steps", "loss (nats per token)")
+        parts.append(Figure(svg, "Training loss. Each point is the mean over the steps since the previous point."))
     if parts:
         yield Section("Training", parts, [f"{r.label}: {r.path}" for r in results])
 
@@ -197,7 +197,7 @@ def _series(lines: list[dict], name: str) -> dict[int, float]:
 
 
 def _some(steps: list[int]) -> list[int]:
-    """Not more than fit in a table, the first and the last among them."""
+    """Selects as many steps as fit in a table, including the first and the last."""
     if len(steps) <= _MOST_COLUMNS:
         return steps
     last = len(steps) - 1
@@ -208,7 +208,7 @@ def _some(steps: list[int]) -> list[int]:
 
 
 def passkey(results: list[Result]) -> Iterable[Section]:
-    """Effective window and heat maps."""
+    """Creates the section with effective windows and heat maps."""
     rows, parts = [], []
     for result in results:
         for entry in _entries(result):
@@ -240,7 +240,7 @@ def passkey(results: list[Result]) -> Iterable[Section]:
 
 
 def ruler(results: list[Result]) -> Iterable[Section]:
-    """The average over tasks at each length, and each task."""
+    """Creates the section with average scores by length, and scores by task."""
     lengths = sorted({int(e["length"]) for r in results for e in _entries(r)})
     cells = {(r.label, int(e["length"])): e for r in results for e in _entries(r)}
     heads, labels = ["model", *map(figures.tokens, lengths)], _labels(results)
@@ -267,7 +267,7 @@ def _entries(result: Result) -> list[dict]:
 
 
 def harness(results: list[Result]) -> Iterable[Section]:
-    """Accuracies of tasks; the paper's five first, under its names (Table 5)."""
+    """Creates the section with scores of tasks. The paper's five tasks come first, with its names (Table 5)."""
     cells: dict[tuple[str, str], tuple[float, str]] = {}
     for result in results:
         for task, values in result.data["results"].items():
@@ -290,7 +290,7 @@ def harness(results: list[Result]) -> Iterable[Section]:
 
 
 def summarization(results: list[Result]) -> Iterable[Section]:
-    """ROUGE (Table 6)."""
+    """Creates the section with ROUGE scores (Table 6)."""
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
     rows = [
         [r.label, r.data["results"]["documents"], *(float(100 * r.data["results"][name]["f"]) for name in names)]

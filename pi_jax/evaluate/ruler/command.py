@@ -1,4 +1,4 @@
-"""RULER (Hsieh et al. 2024): up to which length does a model do more than find one key? The tasks are in `tasks`."""
+"""Runs RULER (Hsieh et al. 2024), which measures the effective length of a model with the tasks in `tasks`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,32 +16,32 @@ from pi_jax.evaluate.ruler.tasks import TASKS, THRESHOLD, make_samples, score
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ruler(AnswerOptions):
-    """The synthetic tasks of RULER that need no download."""
+    """Evaluate a model on the synthetic RULER tasks that need no download."""
 
     lengths: tuple[int, ...] = (4096, 8192)
-    """Tokens of a prompt and its answer."""
+    """Lengths in tokens of a prompt and its answer together."""
     tasks: tuple[str, ...] = ()
-    """Empty: all, or those without essays where none are given."""
+    """Names of tasks; empty: all tasks, without those that need essays if no essays are given."""
     samples: int = 100
-    """Prompts for each task and length; the published figures take 500."""
+    """Number of prompts per task and length; published results use 500."""
     essays: tuple[str, ...] = ()
-    """Text files, folders or globs for the haystack of the tasks that hide needles in essays."""
+    """Text files, folders or globs with the haystack of the tasks that hide needles in essays."""
     seed: int = 0
     """Random seed of the prompts."""
 
 
 def _check(args: Ruler) -> None:
     if args.samples < 1:
-        raise InputError(f"samples is {args.samples}: it must be at least 1")
+        raise InputError(f"--samples is {args.samples}: it must be at least 1")
     for name in args.tasks:
         if name not in TASKS:
-            raise InputError(f"task {name!r} is not known: choose from {', '.join(TASKS)}")
+            raise InputError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
         if TASKS[name].essays and not args.essays:
-            raise InputError(f"task {name} hides its needles in essays: give text files by --essays")
+            raise InputError(f"task {name} hides its needles in essays: pass text files with --essays")
 
 
 def ruler(args: Ruler) -> dict[str, Any]:
-    """Runs the command; returns what it prints as a dictionary."""
+    """Runs the command and returns its result."""
     _check(args)
     essays = _read(args.essays)
     tasks = args.tasks or tuple(name for name, task in TASKS.items() if essays or not task.essays)
@@ -90,14 +90,14 @@ def ruler(args: Ruler) -> dict[str, Any]:
         results=results,
         first_answers=shown,
     )
-    log.info(f"{args.model}: {config.rope}, {args.samples} samples a task and length, {args.dtype}; score, 0 to 100")
+    log.info(f"{args.model}: {config.rope}, {args.samples} samples per task and length, {args.dtype}; score, 0 to 100")
     log.info(table(report))
     result.write(args.output, report)
     return report
 
 
 def table(report: dict[str, Any]) -> str:
-    """The result for people: a row a task, a column a length."""
+    """Formats a result as a table with one row per task and one column per length."""
     results = report["results"]
     rows = [[name, *(f"{r['tasks'][name]:.1f}" for r in results)] for name in results[0]["tasks"]]
     rows.append(["average", *(f"{r['average']:.1f}" for r in results)])
@@ -113,10 +113,10 @@ def _read(paths: Sequence[str]) -> str:
         return ""
     text = " ".join(d.text for d in documents.read_documents(paths, "text"))
     if not text.split():
-        raise InputError(f"--essays {', '.join(paths)}: there is no text in it")
+        raise InputError(f"--essays {', '.join(paths)} contains no text")
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with the arguments of the command line."""
     cli.run(lambda: ruler(tyro.cli(Ruler, prog="python -m pi_jax.evaluate ruler", args=argv)))

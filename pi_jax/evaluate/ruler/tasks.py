@@ -1,9 +1,9 @@
-"""The synthetic tasks of RULER (Hsieh et al. 2024) that need no download: what they ask, and how they are scored.
+"""The synthetic tasks of RULER (Hsieh et al. 2024) that need no download: their prompts and their scoring.
 
-Prompts, complexity and scoring are those of NVIDIA's scripts (github.com/NVIDIA/RULER, scripts/data/synthetic): needles
-in a haystack of noise, of essays or of other needles; variable tracking; common and frequent words. A prompt is as long
-as the wanted length allows: the haystack grows by its own units (sentences, needles, words) and is never cut. Our own:
-a seed for each sample, and sentences of essays end where .!? is followed by a blank.
+Prompts, complexity and scoring follow NVIDIA's scripts (github.com/NVIDIA/RULER, scripts/data/synthetic): needles in a
+haystack of noise, essays or other needles; variable tracking; common and frequent words. A prompt is as long as the
+given length allows: the haystack grows in units (sentences, needles or words) and is never cut. Our choices: each
+sample has its own seed, and sentences of essays end where .!? is followed by white space.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pi_jax.errors import InputError
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 THRESHOLD = 85.6
-"""Score that a length must reach to be effective: Llama-2-7B's at 4k."""
+"""Average score that an effective length must reach: the score of Llama-2-7B at 4k."""
 _DEPTHS = [round(100 * i / 39) for i in range(40)]
 _NIAH = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
@@ -48,14 +48,14 @@ _FREQUENT = (
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt's text, and the strings that its answer should contain."""
+    """The text of a prompt, and the strings that the answer should contain."""
 
     text: str
     answers: tuple[str, ...]
 
 
 Make = Callable[[random.Random, int, int, str], Sample]
-"""(draws, units of haystack, length in tokens, essays) -> a sample."""
+"""Makes a sample from (random numbers, number of haystack units, length in tokens, text of the essays)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +64,18 @@ class Task:
 
     make: Make
     new_tokens: int
+    """Maximum number of tokens of an answer."""
     least: int
-    """Units of the smallest haystack."""
+    """Number of units of the smallest haystack."""
     essays: bool = False
-    """Whether the haystack is made of supplied text."""
+    """Whether the haystack consists of essays, which the user must provide."""
 
 
 # ---- Needles in a haystack.
 
 
 def _needles(
-    draw: random.Random,
+    rng: random.Random,
     size: int,
     length: int,
     essays: str,
@@ -86,24 +87,24 @@ def _needles(
     num_values: int = 1,
     num_queries: int = 1,
 ) -> Sample:
-    names = {"words": lambda: f"{draw.choice(_words('adjectives'))}-{draw.choice(_words('nouns'))}"}
-    names["numbers"] = lambda: str(draw.randint(10**6, 10**7 - 1))
-    names["uuids"] = lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4))
+    names = {"words": lambda: f"{rng.choice(_words('adjectives'))}-{rng.choice(_words('nouns'))}"}
+    names["numbers"] = lambda: str(rng.randint(10**6, 10**7 - 1))
+    names["uuids"] = lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4))
     hidden: dict[str, list[str]] = {}
     while len(hidden) < max(num_keys, num_queries):
         hidden[names[keys]()] = [names[kind]() for _ in range(num_values)]
     needles = [NEEDLE.format(kind=kind, key=key, value=value) for key, values in hidden.items() for value in values]
-    draw.shuffle(needles)
+    rng.shuffle(needles)
     if haystack == "essay":
-        context = _into_essay(draw, needles, essays, size)
+        context = _into_essay(rng, needles, essays, size)
     else:
         hay = [NOISE] * size
         if haystack == "needle":
             hay = [NEEDLE.format(kind=kind, key=names[keys](), value=names[kind]()) for _ in range(size)]
-        for at, needle in zip(sorted(draw.sample(range(size), len(needles)), reverse=True), needles, strict=True):
+        for at, needle in zip(sorted(rng.sample(range(size), len(needles)), reverse=True), needles, strict=True):
             hay.insert(at, needle)
         context = "\n".join(hay)
-    asked = draw.sample(list(hidden), num_queries)
+    asked = rng.sample(list(hidden), num_queries)
     query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
     template = _NIAH
     if num_queries * num_values == 1:
@@ -114,9 +115,9 @@ def _needles(
     )
 
 
-def _into_essay(draw: random.Random, needles: Sequence[str], essays: str, words: int) -> str:
+def _into_essay(rng: random.Random, needles: Sequence[str], essays: str, words: int) -> str:
     sentences = re.split(r"(?<=[.!?])\s+", _first_words(essays, words))
-    depths = sorted(draw.sample(_DEPTHS, len(needles)), reverse=True)
+    depths = sorted(rng.sample(_DEPTHS, len(needles)), reverse=True)
     for depth, needle in zip(depths, needles, strict=True):
         sentences.insert(len(sentences) * depth // 100, needle)
     return " ".join(sentences)
@@ -135,21 +136,21 @@ def _first_words(text: str, count: int) -> str:
 # ---- Variable tracking.
 
 
-def _tracking(draw: random.Random, size: int, length: int, essays: str) -> Sample:
-    example = _chain(draw, 10, letters=3)
-    asked = _chain(draw, size, letters=5)
+def _tracking(rng: random.Random, size: int, length: int, essays: str) -> Sample:
+    example = _chain(rng, 10, letters=3)
+    asked = _chain(rng, size, letters=5)
     return Sample(f"{example.text}{' '.join(example.answers)}\n\n{asked.text}", asked.answers)
 
 
-def _chain(draw: random.Random, size: int, letters: int, hops: int = 4) -> Sample:
+def _chain(rng: random.Random, size: int, letters: int, hops: int = 4) -> Sample:
     names: list[str] = []
     while len(names) < hops + 1:
-        name = "".join(draw.choices(string.ascii_uppercase, k=letters))
+        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
         names += [name] if name not in names else []
-    value = str(draw.randint(10000, 99999))
+    value = str(rng.randint(10000, 99999))
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names))]
     hay = [NOISE + "\n"] * size
-    for i, at in enumerate(sorted(draw.sample(range(size), len(chain)))):
+    for i, at in enumerate(sorted(rng.sample(range(size), len(chain)))):
         hay.insert(at + i, chain[i])
     return Sample(_TRACKING.format(context=" ".join(hay), query=value, count=len(names)), tuple(names))
 
@@ -166,34 +167,34 @@ def _words(category: str) -> list[str]:
     return sorted(RandomWord().filter(include_categories=[category]))
 
 
-def _common(draw: random.Random, size: int, length: int, essays: str) -> Sample:
+def _common(rng: random.Random, size: int, length: int, essays: str) -> Sample:
     long = length >= 4096
-    example = _list(draw, *((40, 10, 3) if long else (20, 3, 1)))
-    asked = _list(draw, size, *((30, 3) if long else (6, 1)))
+    example = _list(rng, *((40, 10, 3) if long else (20, 3, 1)))
+    asked = _list(rng, size, *((30, 3) if long else (6, 1)))
     right = " ".join(f"{i}. {word}" for i, word in enumerate(example.answers, 1))
     return Sample(f"{example.text} {right}\n{asked.text}", asked.answers)
 
 
-def _list(draw: random.Random, words: int, often: int, seldom: int, common: int = 10) -> Sample:
+def _list(rng: random.Random, words: int, often: int, seldom: int, common: int = 10) -> Sample:
     known = sorted({*_words("nouns"), *_words("adjectives"), *_words("verbs")})
     if words > len(known):
-        raise InputError(f"task cwe needs {words} different words for this length, and there are {len(known)}")
-    chosen = draw.sample(known, words)
+        raise InputError(f"task cwe needs {words} different words for this length, but there are only {len(known)}")
+    chosen = rng.sample(known, words)
     shuffled = chosen[:common] * often + chosen[common:] * seldom
-    draw.shuffle(shuffled)
+    rng.shuffle(shuffled)
     context = " ".join(f"{i}. {word}" for i, word in enumerate(shuffled, 1))
     return Sample(_COMMON.format(context=context), tuple(chosen[:common]))
 
 
-def _frequent(draw: random.Random, size: int, length: int, essays: str, alpha: float = 2.0) -> Sample:
+def _frequent(rng: random.Random, size: int, length: int, essays: str, alpha: float = 2.0) -> Sample:
     vocabulary: list[str] = []
     while len(vocabulary) < max(length // 50, 4):
-        word = "".join(draw.choices(string.ascii_lowercase, k=6))
+        word = "".join(rng.choices(string.ascii_lowercase, k=6))
         vocabulary += [word] if word not in vocabulary else []
-    vocabulary[0] = "..."  # the most frequent is noise
-    zeta = math.pi**2 / 6  # of alpha = 2
+    vocabulary[0] = "..."  # the most frequent word is noise
+    zeta = math.pi**2 / 6  # zeta(alpha) for alpha = 2
     text = [word for k, word in enumerate(vocabulary, 1) for _ in range(int(size * k**-alpha / zeta))]
-    draw.shuffle(text)
+    rng.shuffle(text)
     return Sample(_FREQUENT.format(context=" ".join(text)), tuple(vocabulary[1:4]))
 
 
@@ -215,16 +216,24 @@ TASKS = {
     "cwe": Task(_common, 120, least=20),
     "fwe": Task(_frequent, 50, least=50),
 }
-"""Without qa_1 and qa_2, whose questions must be downloaded."""
+"""Name of each task -> the task. qa_1 and qa_2 are missing because their questions must be downloaded."""
 
 
 def make_samples(
     name: str, count: int, length: int, tokenize: Callable[[str], list[int]], essays: str, seed: int
 ) -> list[tuple[list[int], Sample]]:
-    """Prompts of a task, each as long as `length` allows with the tokens of its answer.
+    """Makes prompts of a task. Each prompt is as long as possible while it and its answer fit in `length` tokens.
+
+    Args:
+      name: name of the task.
+      count: number of prompts.
+      length: length in tokens.
+      tokenize: function from a text to its token ids.
+      essays: text of the essays, for the tasks that need it.
+      seed: random seed.
 
     Raises:
-      InputError: if the smallest haystack is too long.
+      InputError: if a prompt with the smallest haystack is too long.
     """
     task = TASKS[name]
 
@@ -237,7 +246,9 @@ def make_samples(
 
     if not fits(0, task.least):
         need = len(build(0, task.least)[0]) + task.new_tokens
-        raise InputError(f"length {length} is too short for task {name}: its smallest prompt and answer need {need}")
+        raise InputError(
+            f"length {length} is too short for task {name}: the smallest prompt and its answer need {need}"
+        )
     low, high = task.least, 2 * task.least
     while fits(0, high):
         low, high = high, 2 * high
@@ -254,5 +265,5 @@ def make_samples(
 
 
 def score(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the answers that the prediction contains, in %, whatever the case (RULER's string_match_all)."""
+    """Returns the percentage of the answers that the prediction contains, ignoring case (RULER's string_match_all)."""
     return 100 * sum(a.lower() in prediction.lower() for a in answers) / len(answers)

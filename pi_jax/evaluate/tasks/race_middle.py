@@ -1,10 +1,10 @@
-"""Prompts of race_middle.yaml: those of the harness's `race`, from a data set with one row a question."""
+"""Prompts of race_middle.yaml: those of the harness's task `race`, for a data set with one row per question."""
 
 import itertools
 
 
 def by_passage(dataset):
-    """Rows of one passage (neighbours with the same example_id) joined: 'article' and a list of 'problems'."""
+    """Joins the rows of each passage (adjacent rows with the same example_id): 'article' and a list of 'problems'."""
     passages = []
     for _, rows in itertools.groupby(dataset, key=lambda row: row["example_id"]):
         rows = list(rows)
@@ -14,7 +14,7 @@ def by_passage(dataset):
 
 
 def doc_to_text(doc):
-    """The passage, its earlier questions with their answers, and the last question."""
+    """Returns the passage, all questions but the last with their answers, and the last question."""
     text = f"Article: {doc['article']}\n\n"
     *earlier, last = doc["problems"]
     for problem in earlier:
@@ -27,10 +27,10 @@ def doc_to_text(doc):
 
 
 def doc_to_choice(doc):
-    """The four options of the last question."""
+    """Returns the four options of the last question."""
     return doc["problems"][-1]["options"]
 
 
 def doc_to_target(doc):
-    """Which of them is right, from 0."""
+    """Returns the index of the correct option."""
     return "ABCD".index(doc["problems"][-1]["answer"])
