@@ -141,8 +141,7 @@ def require_room(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
     shortest = PromptMaker(tokenizer).shortest() + NEW_TOKENS
     if min(lengths) < shortest:
         raise InputError(
-            f"{name} {min(lengths)} is too short for a passkey prompt and its answer: with this tokenizer it needs at "
-            f"least {shortest} tokens"
+            f"{name} is {min(lengths)}: a passkey prompt and its answer need at least {shortest} tokens of this tokenizer"
         )
 
 

@@ -42,7 +42,7 @@ class Evaluation:
         if self._config.passkey_lengths:
             self._tokenizer = load_tokenizer(files)
             command.require_vocabulary(self._tokenizer, files, model.vocab_size)
-            passkey.require_room(self._tokenizer, self._config.passkey_lengths, "evaluate.passkey_lengths:")
+            passkey.require_room(self._tokenizer, self._config.passkey_lengths, "evaluate.passkey_lengths")
             warn_beyond_window(model, max(self._config.passkey_lengths))
 
     def __call__(self, model: Llama, mesh: jax.sharding.Mesh, step: int, logger: Metrics) -> dict[str, Any]:
