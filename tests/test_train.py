@@ -92,7 +92,7 @@ def test_evaluation_inside_a_run_is_logged_and_changes_nothing(config, inputs, t
         ({"every": 2}, "evaluate.every is set: it needs evaluate.data or passkey_lengths"),
         ({"every": -1}, "evaluate.every is -1"),
         ({"passkey_lengths": (0,)}, "passkey_lengths has 0"),
-        ({"passkey_lengths": (100,)}, "passkey_lengths: 100 is too short .* at least 435 tokens"),
+        ({"passkey_lengths": (100,)}, "passkey_lengths is 100: .* at least 435 tokens"),
         ({"passkey_lengths": (448,), "passkey_trials": 0}, "passkey_trials is 0"),
     ],
 )

@@ -141,7 +141,8 @@ def require_room(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
     shortest = PromptMaker(tokenizer).shortest() + NEW_TOKENS
     if min(lengths) < shortest:
         raise InputError(
-            f"{name} is {min(lengths)}: a passkey prompt and its answer need at least {shortest} tokens of this tokenizer"
+            f"{name} is {min(lengths)}: a passkey prompt and its answer need at least {shortest} tokens with this "
+            "tokenizer"
         )
 
 
