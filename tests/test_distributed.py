@@ -265,7 +265,7 @@ def test_processes_with_different_configs_are_refused(tmp_path):
     odd = ["bash", "-c", '"$@" --data.seed "$PI_JAX_PROCESS_ID"', "-", *command]
     done = _run([ROOT / "launch" / "local.sh", "2", *odd], _environment(2))
     assert done.returncode != 0
-    assert "the config of processes [1] is another than that of process 0" in done.stderr
+    assert "the config of processes [1] differs from that of process 0" in done.stderr
 
 
 def test_one_process_saves_itself_when_preempted(tmp_path, inputs):

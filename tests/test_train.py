@@ -263,7 +263,7 @@ def test_an_export_that_fails_does_not_end_the_run(config, tmp_path, monkeypatch
         ({"train": {"init_from": "nowhere"}}, "nowhere: there is no such folder"),
         ({"mesh": {"data": 3}}, "does not fit 8 devices"),
         ({"compute": {"attention": "cudnn"}}, "implementation is 'cudnn', which runs on an NVIDIA GPU"),
-        ({"train": {"output": "/proc/none/run"}}, "/proc/none/run cannot be made"),
+        ({"train": {"output": "/proc/none/run"}}, "/proc/none/run cannot be created"),
         ({"logging": {"wandb_project": "x"}}, "pip install wandb"),
     ],
 )

@@ -1,3 +1,5 @@
+"""Experiment files and command-line overrides."""
+
 import dataclasses
 import importlib.util
 import pathlib

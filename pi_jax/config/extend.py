@@ -1,3 +1,5 @@
+"""The architecture of an extended model."""
+
 import dataclasses
 
 from pi_jax.config.schema import ModelConfig, RopeConfig
@@ -6,13 +8,13 @@ from pi_jax.rope import build_scaling
 
 
 def extend(model: ModelConfig, wanted: RopeConfig) -> ModelConfig:
-    """The architecture with its RoPE scaled as `wanted` and its window grown by the factor.
+    """Returns the architecture with RoPE scaled as `wanted` and the window multiplied by the factor.
 
-    `RopeConfig()` (kind 'default') leaves the model alone, scaled or not. The same scaling once more is no change.
+    `RopeConfig()` (kind 'default') returns the model unchanged, scaled or not, and so does the scaling that it has.
 
     Raises:
-      InputError: if the model is already scaled in another way and `wanted.stacking` does not say what that means, or
-        says what this model does not allow; factors are never multiplied silently.
+      InputError: if the model is already scaled in another way and `wanted.stacking` is 'refuse' or does not apply to
+        this model. Factors are never multiplied silently.
     """
     if wanted.kind == "default":
         return model
@@ -25,8 +27,8 @@ def extend(model: ModelConfig, wanted: RopeConfig) -> ModelConfig:
         if wanted.stacking == "refuse":
             raise InputError(
                 f"the model is already scaled, {model.rope} with a window of {longest}, and rope asks for {scaling}: "
-                "say by rope.stacking whether to 'compose' the two or to 'replace' the old one, or leave rope.kind at "
-                "'default' to go on with the scaling it has"
+                "set rope.stacking to 'compose' to multiply the factors or to 'replace' to drop the old scaling, or "
+                "leave rope.kind at 'default' to keep it"
             )
         if wanted.stacking == "compose":
             if model.rope.kind != "linear" or wanted.kind != "linear":

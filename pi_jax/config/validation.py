@@ -1,3 +1,5 @@
+"""Checks that the dataclasses of the schema share."""
+
 import typing
 from typing import Annotated, Any, Literal
 
@@ -5,6 +7,7 @@ from pi_jax.errors import InputError
 
 
 def require(ok: bool, message: str) -> None:
+    """Raises InputError(message) unless `ok`."""
     if not ok:
         raise InputError(message)
 
@@ -25,7 +28,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def require_types(section: str, config: Any) -> None:
-    """A config file is Python: nothing else would notice steps=2.5 before it is too late."""
+    """Checks the type of every field. Config files are Python, so nothing else would reject `steps=2.5`."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for name, hint in hints.items():
         value = getattr(config, name)
@@ -34,6 +37,7 @@ def require_types(section: str, config: Any) -> None:
 
 
 def require_positive(section: str, config: Any, *names: str) -> None:
+    """Checks that the fields with these names are above 0."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{section}.{name} is {value}: it must be positive")

@@ -1,6 +1,6 @@
-"""Start-up of several processes, checks that they agree, and preemption.
+"""Starts up multiple processes, checks that they agree, and detects preemption.
 
-`initialize` is called once, before anything else touches a device; `pi_jax.parallel.cluster` says what it reads.
+Call `initialize` once, before anything touches a device. `pi_jax.parallel.cluster` lists the variables that it reads.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ _HEARTBEAT = 60  # seconds after which a process that is silent counts as dead, 
 
 
 def initialize() -> None:
-    """Joins the other processes of the cluster, if there are any.
+    """Connects to the other processes of the cluster, if there are any.
 
     Raises:
-      InputError: if the variables contradict each other, or the coordinator does not answer in time.
+      InputError: if the variables are inconsistent or the port of the coordinator is taken.
     """
     set_xla_options(os.environ)
     cache_compiled_programs()
@@ -69,7 +69,7 @@ def _whom(cluster: Cluster) -> str:
 
 
 def _require_free(cluster: Cluster) -> None:
-    """Process 0 listens there; jaxlib would crash if it cannot."""
+    """Checks that process 0 can listen on the port of the coordinator; otherwise jaxlib would crash."""
     try:
         socket.create_server(("", int(cluster.coordinator.rpartition(":")[2]))).close()
     except OSError as error:
@@ -80,7 +80,7 @@ def _require_free(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def _no_longer_than(seconds: int, cluster: Cluster) -> Iterator[None]:
-    """Ends the program with a sentence when the others have not come by then; JAX itself would abort with a trace."""
+    """Exits with a message if the processes have not connected in time; JAX itself would abort with a stack trace."""
 
     def give_up():
         print(
@@ -106,7 +106,7 @@ def _report(launcher: str, coordinator: str) -> None:
 
 
 def _end_all_on_error() -> None:
-    """An exception ends this process at once: the way out would wait for processes that wait for this one."""
+    """Makes an exception end this process at once. A normal exit would wait for processes that wait for this one."""
     show = sys.excepthook
 
     def end(kind, error, trace):
@@ -118,7 +118,7 @@ def _end_all_on_error() -> None:
 
 
 def require_same(what: str, text: str) -> None:
-    """Checks that all processes have the same text, such as their config.
+    """Checks that all processes have the same text, for example their config.
 
     Raises:
       InputError: if they do not.
@@ -129,11 +129,13 @@ def require_same(what: str, text: str) -> None:
     numbers = multihost_utils.process_allgather(number).reshape(-1)
     if len(set(numbers)) > 1:
         others = [int(i) for i in np.flatnonzero(numbers != numbers[0])]
-        raise InputError(f"{what} of processes {others} is another than that of process 0: start all of them alike")
+        raise InputError(
+            f"{what} of processes {others} differs from that of process 0: start all processes with the same command"
+        )
 
 
 def require_shared(folder: pathlib.Path) -> None:
-    """Checks that a folder made by process 0 is seen by all.
+    """Checks that all processes see a folder that process 0 created.
 
     Raises:
       InputError: naming the processes that do not see it.
@@ -144,20 +146,20 @@ def require_shared(folder: pathlib.Path) -> None:
     if jax.process_index() == 0:
         mark.touch()
     multihost_utils.sync_global_devices("folder made")
-    os.listdir(folder.parent)  # a network file system looks again
+    os.listdir(folder.parent)  # makes a network file system refresh
     seen = multihost_utils.process_allgather(np.array([mark.exists()])).reshape(-1)
     if jax.process_index() == 0:
         mark.unlink()
     if not seen.all():
         missing = [int(i) for i in np.flatnonzero(~seen)]
-        raise InputError(f"{folder} is not seen by processes {missing}: it must lie on storage that all machines share")
+        raise InputError(f"{folder} is not seen by processes {missing}: it must be on storage that all machines share")
 
 
 @contextlib.contextmanager
 def preemption_requested() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step: has a SIGTERM come? True on all processes at the same step.
+    """Yields a function of the step that returns whether SIGTERM was received, at the same step on all processes.
 
-    Call it every step on every process. With several processes JAX owns SIGTERM and brings all to one step.
+    Call it at every step on every process. With multiple processes, JAX handles SIGTERM and agrees on the step.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -165,7 +167,7 @@ def preemption_requested() -> Iterator[Callable[[int], bool]]:
     came = []
     try:
         before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    except ValueError:  # not in the main thread: nobody can be told
+    except ValueError:  # not in the main thread: signals cannot be handled
         yield lambda step: False
         return
     try:

@@ -1,18 +1,19 @@
 """The mesh, and the only table that maps logical axes to mesh axes.
 
-Every dimension of every parameter and activation has a logical name. `ShardingRules` says over which axes of the mesh
-("data", "fsdp", "context", "tensor") it is split; all other modules speak of logical names only. The mesh is explicit
-(`jax.set_mesh`): a sharding is part of an array's type, and a mistake is an error while tracing.
+Every dimension of every parameter and activation has a logical name. `ShardingRules` maps it to the axes of the mesh
+("data", "fsdp", "context", "tensor") over which it is sharded. Other modules use logical names only. The mesh is in
+explicit mode (`jax.set_mesh`): a sharding is part of an array's type, and a mismatch is an error during tracing.
 
-FSDP: parameters, gradients and optimizer state are split along `embed` over "fsdp", and over "context" besides, whose
-devices need the same weights. `gather` assembles a weight just before its use; its transpose splits the gradient again,
-so no device ever holds a whole model of either.
+FSDP: parameters, gradients and optimizer state are sharded along `embed` over "fsdp" and also over "context", whose
+devices need the same weights. `gather` all-gathers a weight just before it is used. Its transpose reduce-scatters the
+gradient, so no device ever holds a full copy of the model or its gradients.
 
-Context parallelism: each device has a part of every row and gathers the keys and values of the whole row. Causality
-would give the last device most of the work, so a row is cut into two chunks a device and device i of n holds chunks i
-and 2n - 1 - i, "zigzag": all have the same number of keys to visit. `put_batch` lays rows out so.
+Context parallelism: each device holds a part of every sequence and gathers the keys and values of the full sequence.
+With causal attention, contiguous parts would give the last device most of the work. Instead, a sequence is split into
+two chunks per device, and device i of n holds chunks i and 2n - 1 - i ("zigzag"), so that all attend to the same number
+of keys. `put_batch` creates this layout.
 
-Outside a mesh all functions here do nothing, so a model runs on one device without a word about sharding.
+Without a mesh, the functions that move or constrain arrays do nothing, so the same model code runs on one device.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ LogicalAxes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis -> mesh axis or axes; None: never split."""
+    """Logical axis -> mesh axis or axes; None: never sharded."""
 
     # Activations.
     batch: tuple[str, ...] = ("data", "fsdp")
@@ -47,25 +48,25 @@ class ShardingRules:
     vocab: str | None = "tensor"
 
     def spec(self, axes: LogicalAxes) -> PartitionSpec:
-        """The partition of an array whose dimensions have these logical names.
+        """Returns the partition of an array whose dimensions have these logical names.
 
         Raises:
-          ValueError: if two dimensions would be split over the same mesh axis.
+          ValueError: if two dimensions would be sharded over the same mesh axis.
         """
         parts = [None if axis is None else getattr(self, axis) for axis in axes]
         used = [name for part in parts if part for name in _names(part)]
         if len(used) != len(set(used)):
-            raise ValueError(f"axes {axes} map to {parts}: a mesh axis can split one dimension only")
+            raise ValueError(f"axes {axes} map to {parts}: a mesh axis can shard one dimension only")
         return PartitionSpec(*parts)
 
 
 RULES = ShardingRules()
 GATHERED = dataclasses.replace(RULES, embed=None)
-"""Rules of a weight assembled for use: as stored, but whole along what FSDP splits."""
+"""Rules for a weight that has been gathered for use: as stored, but not sharded by FSDP."""
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """The mesh of all devices, or of those given; a size of -1 takes what the others leave.
+    """Makes a mesh of all devices, or of those given. A size of -1 is computed from the others.
 
     Raises:
       InputError: if the sizes do not multiply to the number of devices.
@@ -82,14 +83,14 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def for_generation(mesh: Mesh) -> Mesh:
-    """The same devices with those of the context axis given to rows: one new token has no sequence to split."""
+    """Returns the same devices with the context axis merged into fsdp: one new token has no sequence to shard."""
     sizes = dict(mesh.shape) | {"context": 1, "fsdp": mesh.shape["fsdp"] * mesh.shape["context"]}
-    # Parameters stay where they are.
+    # Parameters stay on the same devices.
     return Mesh(mesh.devices.reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are split into."""
+    """Number of shards of the batch dimension."""
     return math.prod(mesh.shape[axis] for axis in RULES.batch)
 
 
@@ -97,7 +98,7 @@ def require_divisible(mesh: Mesh, sizes: dict[str, tuple[int, str]]) -> None:
     """Checks that dimensions divide over the mesh; `sizes` maps a field's name to (its size, logical axis).
 
     Raises:
-      InputError: naming the field, its size and the shards it would be cut into.
+      InputError: if one does not, naming the field, its size and the number of shards.
     """
     for name, (size, axis) in sizes.items():
         rule = getattr(RULES, axis) or ()
@@ -115,49 +116,49 @@ def in_mesh() -> bool:
 
 
 def named(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
-    """The sharding of a stored array with these logical axes."""
+    """Returns the sharding of a stored array with these logical axes."""
     return NamedSharding(mesh, RULES.spec(axes))
 
 
 def gather(weight: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """A stored parameter made whole along its FSDP axis, for use on every device; the gradient is split again."""
+    """All-gathers a stored parameter along its FSDP axes; the gradient is reduce-scattered."""
     return jax.reshard(weight, GATHERED.spec(axes)) if in_mesh() else weight
 
 
 def einsum(equation: str, *operands: jax.Array, axes: LogicalAxes, dtype=None) -> jax.Array:
-    """`jnp.einsum` whose result has the sharding of activations with these logical axes, and that dtype if given."""
+    """`jnp.einsum` with the sharding of activations with these logical axes and, if given, `dtype` for its result."""
     out_sharding = GATHERED.spec(axes) if in_mesh() else None
     return jnp.einsum(equation, *operands, preferred_element_type=dtype, out_sharding=out_sharding)
 
 
 def take(table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-    """Rows of an embedding table for tokens."""
+    """Looks up the embeddings of tokens."""
     out = GATHERED.spec(("batch", "sequence", None)) if in_mesh() else None
     return table_VD.at[tokens_BS].get(out_sharding=out)
 
 
 def gather_sequence(x_BS):
-    """An array of tokens with its sequence whole on every device, so that parts of it can be cut out."""
+    """All-gathers an array along its sequence dimension, so that it can be sliced."""
     return jax.reshard(x_BS, GATHERED.spec(("batch",) + (None,) * (x_BS.ndim - 1))) if in_mesh() else x_BS
 
 
 def replicate(tree):
-    """Arrays made whole on every device, so that every process can read them."""
+    """Replicates arrays on all devices, so that every process can read them."""
     return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), tree) if in_mesh() else tree
 
 
 def shard_map_batch_heads(function, *arrays, out: tuple[LogicalAxes, ...]):
-    """Calls `function(*arrays)` on each device's own rows and heads; `out` names the axes of its results."""
+    """Calls `function(*arrays)` per device, on its sequences and heads; `out` has the logical axes of the results."""
     if not in_mesh():
         return function(*arrays)
     return jax.shard_map(function, out_specs=tuple(GATHERED.spec(axes) for axes in out), check_vma=False)(*arrays)
 
 
 def shard_map_tokens(function, hidden, weight, *arrays, summed: bool):
-    """Calls `function(hidden, weight, *arrays)` on each device's own tokens, with the whole weight.
+    """Calls `function(hidden, weight, *arrays)` per device, on its tokens and the full weight.
 
-    `function` returns a value a token, or with `summed` one number, which is added up over all devices. So the gradient
-    of the weight is added up once, not once for each chunk of a loop inside the function.
+    `function` returns a value per token or, if `summed`, one number, which is summed over all devices. The gradient of
+    the weight is then reduced once, not once per chunk of a loop inside the function.
     """
     if not in_mesh():
         return function(hidden, weight, *arrays)

@@ -1,3 +1,5 @@
+"""`python -m pi_jax.train`."""
+
 from collections.abc import Sequence
 
 from pi_jax import cli

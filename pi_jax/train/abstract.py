@@ -1,3 +1,5 @@
+"""Shapes, dtypes and shardings of the train state and the batch, without any arrays; checks of sizes."""
+
 import functools
 
 import jax
@@ -11,26 +13,26 @@ from pi_jax.train.step import TrainState, init_train_state
 
 
 def abstract_model(config: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> Llama:
-    """Shapes, dtypes and places of the model's arrays on a mesh."""
+    """Shapes, dtypes and shardings of the model's parameters on a mesh."""
     template = abstract(config, compute)
     return jax.tree.map(_on, template, placement.shard_tree(mesh, template, parameter_axes(template)))
 
 
 def abstract_state(model: Llama, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and places of all that `init_train_state` makes of such a model; call it with the mesh set."""
+    """Shapes, dtypes and shardings of the train state of such a model. Call it with the mesh set."""
     shapes = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer), model)
     return jax.tree.map(functools.partial(_placed, mesh), shapes)
 
 
 def abstract_batch(config: DataConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and places of what a step reads."""
-    place = sharding.named(mesh, ("batch", "sequence"))
-    rows = _on(jax.ShapeDtypeStruct((config.batch_size, config.window), "int32"), place)
-    return {k: rows.update(dtype="float32") if k == "loss_weights" else rows for k in columns(config)}
+    """Shapes, dtypes and shardings of a batch."""
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.window), "int32")
+    tokens = _on(tokens, sharding.named(mesh, ("batch", "sequence")))
+    return {k: tokens.update(dtype="float32") if k == "loss_weights" else tokens for k in columns(config)}
 
 
 def columns(config: DataConfig) -> list[str]:
-    """What a step reads of a batch. Where documents may see each other no backend need know of them."""
+    """Names of the arrays in a batch; `segment_ids` only if attention between documents is masked."""
     return ["tokens", "targets", "positions", "loss_weights", *(["segment_ids"] if config.segment_masking else [])]
 
 
@@ -39,7 +41,7 @@ def _on(leaf: jax.ShapeDtypeStruct, place: jax.NamedSharding) -> jax.ShapeDtypeS
 
 
 def _placed(mesh: jax.sharding.Mesh, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A shape whose partition is known by its type, on the devices of the mesh; a step count is on all of them."""
+    """Puts an abstract array on the devices of the mesh, with the partition of its type; a step count is replicated."""
     spec, memory = (leaf.sharding.spec, leaf.sharding.memory_kind) if leaf.sharding is not None else (jax.P(), None)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec, memory_kind=memory))
 
@@ -48,7 +50,7 @@ def check_sizes(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> 
     """Checks that the model and the batch divide over the mesh.
 
     Raises:
-      InputError: naming the field, its value and what would do.
+      InputError: if one does not, naming the field and sizes that divide.
     """
     sizes = {
         "data.batch_size": (config.data.batch_size, "batch"),
@@ -60,15 +62,15 @@ def check_sizes(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> 
         "model.vocab_size": (model.vocab_size, "vocab"),
     }
     sharding.require_divisible(mesh, sizes)
-    rows_each, parts = config.data.batch_size // sharding.batch_shards(mesh), config.compute.gradient_accumulation_steps
-    if rows_each % parts:
+    sequences, parts = config.data.batch_size // sharding.batch_shards(mesh), config.compute.gradient_accumulation_steps
+    if sequences % parts:
         raise InputError(
-            f"compute.gradient_accumulation_steps is {parts}, not a divisor of the {rows_each} sequences per device "
+            f"compute.gradient_accumulation_steps is {parts}, not a divisor of the {sequences} sequences per device "
             f"(batch size {config.data.batch_size} over {sharding.batch_shards(mesh)} data-parallel shards)"
         )
     shards = mesh.shape["context"]
     if shards > 1 and config.data.window % (2 * shards):
         raise InputError(
             f"data.window is {config.data.window}: with mesh.context {shards} it must be a multiple of {2 * shards}, "
-            "two chunks a device"
+            "two chunks per device"
         )

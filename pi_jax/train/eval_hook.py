@@ -19,7 +19,7 @@ from pi_jax.train.metrics import Metrics
 
 
 class Evaluation:
-    """What a run is asked to evaluate; all that can be wrong with it is found when it is made."""
+    """The evaluations of a run. All inputs are read and checked at construction."""
 
     def __init__(self, config: Config, model: ModelConfig, files: str):
         """Reads text and tokenizer.
@@ -46,7 +46,7 @@ class Evaluation:
             warn_beyond_window(model, max(self._config.passkey_lengths))
 
     def __call__(self, model: Llama, mesh: jax.sharding.Mesh, step: int, logger: Metrics) -> dict[str, Any]:
-        """Evaluates the model after `step` updates, writes the numbers to the log, returns all that was found."""
+        """Evaluates the model after `step` updates, logs the metrics and returns the full results."""
         found: dict[str, Any] = {}
         values: dict[str, float] = {}
         if self._heldout:

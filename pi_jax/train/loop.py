@@ -1,7 +1,7 @@
 """The training run, top to bottom: `python -m pi_jax.train --config configs/tiny.py`.
 
-Starts from, in this order: the run's own latest checkpoint, `train.init_from`, random weights. The batch of a step is a
-pure function of the config and the step, so a resumed run continues with the text it would have read.
+The run starts from its own latest checkpoint, else from `train.init_from`, else from random weights. The batch is a
+pure function of the config and the step, so a resumed run reads the same text as an uninterrupted one.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def train(config: Config, base: Config | None = None) -> dict[str, Any]:
 
 
 def _initial_state(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
-    """The state of the latest checkpoint; else the base model or random weights, at step 0."""
+    """Restores the latest checkpoint, or returns the state at step 0 from the base model or random weights."""
     config, mesh, optimizer = experiment.config, experiment.mesh, experiment.optimizer
     template = abstract_model(experiment.model, config.compute, mesh)
     if checkpoints.steps():
@@ -86,7 +86,7 @@ def _initial_state(experiment: Experiment, checkpoints: Checkpoints) -> TrainSta
         for reason in restored.skipped:
             log.info(f"Skipped a checkpoint: {reason}")
         for field, now in experiment.identity.items():
-            before = restored.metadata.get(field, now)  # a field that an older version did not record has not changed
+            before = restored.metadata.get(field, now)  # a field that an older version did not record is unchanged
             if before != now:
                 raise InputError(
                     f"{config.train.output} holds checkpoints of a run with {field} {before}, but the config has "
@@ -106,20 +106,20 @@ def _initial_state(experiment: Experiment, checkpoints: Checkpoints) -> TrainSta
 
 
 def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, logger, preempted) -> dict[str, Any]:
-    """All steps from that of `state` on, with their logging, checkpoints, evaluations and exports."""
+    """Runs all remaining steps with logging, checkpoints, evaluations and exports."""
     config, mesh, evaluation = experiment.config, experiment.mesh, experiment.evaluation
     output, steps = pathlib.Path(config.train.output), config.train.steps
     step_fn, identity = make_step(experiment.optimizer), experiment.identity
-    rows, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
+    local, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
     first = int(state.step)
     profiler = _Profiler(output / "profile", config.profile, steps)
     if first == 0 and config.evaluate.every:
         evaluation(state.model, mesh, 0, logger)
     clock = _Clock(experiment, first)
     means = None
-    for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, rows), strict=False):
+    for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, local), strict=False):
         step = index + 1
-        batch = placement.put_batch(mesh, {k: batch[k] for k in names}, rows.start, config.data.batch_size)
+        batch = placement.put_batch(mesh, {k: batch[k] for k in names}, local.start, config.data.batch_size)
         with profiler.step(step, state), jax.transfer_guard("disallow"):  # a hidden transfer would stall every step
             state, values = step_fn(state, batch)
         profiler.after(step, state)
@@ -175,7 +175,7 @@ class _Profiler:
 
 
 class _Clock:
-    """Means of the logged values and the rate since the last log line; evaluations and exports do not count."""
+    """Averages logged values and measures throughput since the last log line, excluding evaluations and exports."""
 
     def __init__(self, experiment: Experiment, first: int):
         config = experiment.config
@@ -191,7 +191,7 @@ class _Clock:
         self._values.append(values)
 
     def means(self, step: int) -> dict[str, float]:
-        """What is logged at a step: means since the last call, and rates. Waits for the device."""
+        """Returns what is logged at a step: means since the last call, and throughput. Waits for the device."""
         means = {k: float(np.mean([jax.device_get(v[k]) for v in self._values])) for k in self._values[0]}
         self._per_second = (step - self._last) / (time.monotonic() - self._since)
         means |= {
@@ -206,12 +206,12 @@ class _Clock:
         return means
 
     def seconds_left(self, step: int) -> float:
-        """Time to the last step at the latest rate."""
+        """Estimated time to the last step at the current throughput."""
         return (self._steps - step) / self._per_second
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time inside."""
+        """Excludes the time spent inside from the throughput."""
         started = time.monotonic()
         yield
         self._since += time.monotonic() - started

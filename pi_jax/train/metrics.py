@@ -1,8 +1,8 @@
-"""What a run reports: console, JSONL, TensorBoard, Weights & Biases; the FLOP formula and MFU.
+"""Logs metrics to the console, JSONL, TensorBoard and Weights & Biases; computes model FLOPs and MFU.
 
-Model FLOPs of a trained token = 6 P + 6 L N H S: forward and backward (3x the forward) of 2 FLOPs a weight that is
-multiplied (P: all but the embedding look-up) and, causal, of the two attention products over half the window S.
-Recomputation does not count. MFU = FLOPs per second / (devices x peak of a device).
+Model FLOPs per trained token = 6 P + 6 L N H S. This counts forward and backward (3x the forward): 2 FLOPs per weight
+used in a matrix product (P: all but the embedding lookup) and the two attention products over half the window S
+(causal). Recomputation does not count. MFU = FLOPs per second / (devices x peak FLOP/s per device).
 """
 
 import json
@@ -18,7 +18,7 @@ from pi_jax.parallel import chips
 
 
 def flops_per_token(model: ModelConfig, window: int) -> float:
-    """Model FLOPs of training on one token in a row of `window` tokens; the formula is in the module's docstring."""
+    """Model FLOPs per trained token in sequences of `window` tokens, by the formula in the module docstring."""
     multiplied = model.num_parameters()
     if not model.tie_word_embeddings:
         multiplied -= model.vocab_size * model.hidden_size
@@ -27,14 +27,14 @@ def flops_per_token(model: ModelConfig, window: int) -> float:
 
 
 def peak_flops(config: LoggingConfig) -> float | None:
-    """FLOP/s of all devices at their peak; None where it is not known."""
+    """Peak FLOP/s of all devices together; None if unknown."""
     kind = jax.devices()[0].device_kind
     tflops = config.peak_tflops or chips.peak_tflops(kind)
     return tflops * 1e12 * jax.device_count() or None
 
 
 class Metrics:
-    """Writes each record to all sinks, from process 0; a context manager."""
+    """Context manager that writes each record to all sinks, on process 0 only."""
 
     def __init__(self, folder: pathlib.Path, config: LoggingConfig, run_config: dict[str, Any], first_step: int):
         self._sinks = []
@@ -55,14 +55,14 @@ class Metrics:
             sink.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records values of a step."""
+        """Writes the values of a step."""
         for sink in self._sinks:
             sink.write(step, values)
 
 
 class _Jsonl:
     def __init__(self, path: pathlib.Path, first_step: int):
-        # A resumed run writes its steps again: what an interrupted run logged beyond its checkpoint goes.
+        # Drop what an interrupted run logged after its last checkpoint: the resumed run writes these steps again.
         kept = []
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
@@ -107,7 +107,7 @@ class _Wandb:
 
 
 def console_line(step: int, steps: int, values: dict[str, float], seconds_left: float) -> str:
-    """One line of progress for people."""
+    """Formats the values of a step as a line for the console."""
     mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
@@ -117,7 +117,7 @@ def console_line(step: int, steps: int, values: dict[str, float], seconds_left: 
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Formats seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

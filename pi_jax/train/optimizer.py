@@ -9,9 +9,9 @@ from pi_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up from `warmup_start` of the rate, then constant, linear or cosine to 0.
+    """Returns the schedule: linear warm-up from `warmup_start` x the rate, then constant, linear or cosine decay to 0.
 
-    The paper states the warm-up (20 steps from 10 %) and no decay; constant is the plain reading.
+    The paper states the warm-up (20 steps from 10 %) and mentions no decay, so the default is constant.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(steps - warmup, 1)
@@ -38,12 +38,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> optax.GradientTransformation:
-    """The same optimizer, computing in float32 on the device; its arrays are stored in `dtype`, maybe on the host."""
+    """Wraps an optimizer so that its state is stored in `dtype`, optionally on the host, and used in float32."""
     memory = jax.memory.Space.Host if on_host else jax.memory.Space.Device
 
     def store(x):
         if not x.ndim:
-            return x  # a count of steps
+            return x  # the step count
         x = x.astype(dtype)
         return jax.device_put(x, memory) if on_host else x
 
@@ -64,7 +64,7 @@ def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> o
 
 
 def _decayed(params):
-    """True for every parameter but norm scales."""
+    """Mask of weight decay: true for every parameter except norm scales."""
     return jax.tree.map(
         lambda param: param.replace(param.axes != ("norm",)),
         params,

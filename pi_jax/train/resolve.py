@@ -1,4 +1,4 @@
-"""From a config to an experiment that can run: everything that can be wrong is found here, before any time is spent."""
+"""Opens and checks everything that a config names, so that a run fails before it has spent any time."""
 
 import dataclasses
 import pathlib
@@ -19,8 +19,7 @@ from pi_jax.train.eval_hook import Evaluation
 from pi_jax.train.optimizer import make_optimizer
 from pi_jax.train.step import batch_loss
 
-# Fields of `ModelConfig` that must be the same when a run resumes. A new one belongs here if it changes the function
-# that the weights compute.
+# Fields of `ModelConfig` that must not change when a run resumes. Add new ones that change what the model computes.
 _MODEL_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -42,7 +41,7 @@ class Experiment:
     config: Config
     """The config, with paths in place of `builtin:tiny`."""
     model: ModelConfig
-    """The architecture, extended as `rope` says."""
+    """The architecture, extended by `rope`."""
     source: Source | None
     """The base model; None: the run starts from random weights."""
     tokenizer: str
@@ -54,7 +53,7 @@ class Experiment:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to resume, by field."""
+        """Fields that must not change when a run resumes, and their values."""
         model = {f"model.{name}": getattr(self.model, name) for name in _MODEL_FIELDS}
         return self.pipeline.identity | model | {"rope": f"{self.model.rope}"}
 
@@ -72,7 +71,7 @@ def resolve(config: Config) -> Experiment:
     mesh = sharding.make_mesh(config.mesh)
     _check_data(config, model, pipeline, own)
     check_sizes(config, model, mesh)
-    # The loss is traced, not computed, so that an attention backend refuses its arguments now.
+    # Trace the loss, without computing it, so that an attention backend rejects its arguments now.
     with jax.set_mesh(mesh):
         jax.eval_shape(batch_loss, abstract_model(model, config.compute, mesh), abstract_batch(config.data, mesh))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -82,7 +81,7 @@ def resolve(config: Config) -> Experiment:
 
 
 def with_builtin(config: Config) -> Config:
-    """The config with the paths that `builtin:tiny` stands for; they are made at the first use."""
+    """Replaces `builtin:tiny` by the paths of the built-in inputs, which are made on first use."""
     if BUILTIN not in (*config.data.sources, *config.evaluate.data, config.train.init_from):
         return config
     paths = tiny.tiny_inputs()
@@ -98,14 +97,14 @@ def with_builtin(config: Config) -> Config:
 
 
 def resolve_model(config: Config) -> tuple[ModelConfig, Source | None]:
-    """The architecture to train, extended as `rope` says, and the base model it starts from, if any.
+    """Returns the architecture to train, extended by `rope`, and the base model that it starts from, if any.
 
     Raises:
       InputError: if the folder cannot be read, disagrees with `model`, or neither is given.
     """
     model, source = config.model, None
     if config.train.init_from:
-        # Meta's folders do not say their window: the config does.
+        # Meta's folders do not record the window, so take it from the config.
         source = open_model(config.train.init_from, window=model.max_position_embeddings if model else 0)
         for field in dataclasses.fields(ModelConfig) if model else ():
             ours, theirs = getattr(model, field.name), getattr(source.config, field.name)
@@ -116,7 +115,7 @@ def resolve_model(config: Config) -> tuple[ModelConfig, Source | None]:
                 )
         model = source.config
     if model is None:
-        raise InputError("neither `model` nor train.init_from is given: say what to train")
+        raise InputError("neither model nor train.init_from is set: set one of them")
     extended = extend(model, config.rope)
     return extended, source and dataclasses.replace(source, config=extended)
 

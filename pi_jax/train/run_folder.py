@@ -1,3 +1,5 @@
+"""Files of a run other than checkpoints: its config, what an export needs, and exports during training."""
+
 import pathlib
 import shutil
 
@@ -17,16 +19,21 @@ from pi_jax.model import Llama
 
 
 def require_folder(output: pathlib.Path) -> None:
+    """Creates the folder of a run.
+
+    Raises:
+      InputError: if it cannot be created.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"train.output {output} cannot be made: {error.strerror}") from None
+        raise InputError(f"train.output {output} cannot be created: {error.strerror}") from None
 
 
 def export(output: pathlib.Path, step: int, model: Llama, dtype: str, checkpoints: Checkpoints) -> None:
-    """Writes a Hugging Face folder; one that cannot be written does not end the run."""
+    """Exports the weights as a Hugging Face folder. The run continues if the folder cannot be written."""
     target = output / RUN_EXPORTS / f"step-{step}"
-    if target.exists():  # made before the run was resumed from an earlier checkpoint
+    if target.exists():  # from before the run was resumed from an earlier checkpoint
         shutil.rmtree(target)
     try:
         facts = model_card.facts_of_run(output, step)
@@ -38,7 +45,7 @@ def export(output: pathlib.Path, step: int, model: Llama, dtype: str, checkpoint
 
 
 def write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, files: str) -> None:
-    """What the run was and what an export needs: config.json, model/config.json, model/tokenizer files."""
+    """Writes the resolved config, config.json, and what an export needs, model/config.json and the tokenizer."""
     flat = {
         k: v if isinstance(v, (int, float, str, bool, list, tuple, type(None))) else f"{v}"
         for k, v in flatten(config).items()

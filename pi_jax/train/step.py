@@ -17,10 +17,10 @@ from pi_jax.parallel import placement
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step."""
+    """Everything that changes between steps."""
 
     step: jax.Array
-    """Finished updates, int32."""
+    """Number of updates so far, int32."""
     model: Llama
     opt_state: optax.OptState
 
@@ -29,7 +29,7 @@ StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str
 
 
 def make_step(optimizer: optax.GradientTransformation) -> StepFn:
-    """The compiled update: (state, batch) -> (state, {'loss', 'grad_norm'}); it takes the old state's memory."""
+    """Returns the compiled update (state, batch) -> (state, {'loss', 'grad_norm'}), which donates the old state."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -66,7 +66,7 @@ def total_weight(batch: dict[str, Array]) -> Float[Array, ""]:
 
 
 def _loss_and_gradients(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, Llama]:
-    """Loss and gradients of the mean over all tokens of the batch, whatever the number of microbatches."""
+    """Loss and gradients of the mean over all tokens of the batch, for any number of microbatches."""
     parts = model.compute.gradient_accumulation_steps
     of_part = functools.partial(jax.value_and_grad(batch_loss), model, total=total_weight(batch))
     if parts == 1:
@@ -80,7 +80,7 @@ def _loss_and_gradients(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.
 
 
 def init_train_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0; on an explicit mesh the optimizer's moments come out split like their parameters."""
+    """Returns the state at step 0. On an explicit mesh, moments are sharded like their parameters."""
 
     @jax.jit
     def rest(model):
