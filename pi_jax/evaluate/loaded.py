@@ -161,8 +161,8 @@ class LoadedModel:
         """
         ids = self._encode(text)
         length = -(-len(ids) // self.mesh.shape["context"]) * self.mesh.shape["context"]
-        rows = sequences_per_batch(self.mesh, length, length, 1)
-        tokens = np.zeros((rows, length), np.int32)
+        size = sequences_per_batch(self.mesh, length, length, 1)
+        tokens = np.zeros((size, length), np.int32)
         tokens[0, : len(ids)] = ids
         with self.computing() as weights:
             losses, _ = score_sequences(weights, tokens, 1, len(ids), weights.compute.loss_chunk, self.mesh)

@@ -84,15 +84,15 @@ def score_documents(
     """
     shift = bos is not None
     plan = plan_windows([len(tokens) for tokens in documents], window, stride, bos)
-    rows = sequences_per_batch(mesh, window, BATCH_TOKENS, len(plan))
+    size = sequences_per_batch(mesh, window, BATCH_TOKENS, len(plan))
     ends = np.cumsum([len(tokens) for tokens in documents])
     losses = np.full(ends[-1], np.nan, np.float32)
     begin, losses = partial.load(f"{window}/{stride}", losses) if partial else (0, losses)
     results = np.split(losses, ends[:-1])  # views
     advance(begin)
-    for done in range(begin, len(plan), rows):
-        batch = plan[done : done + rows]
-        tokens = np.zeros((rows, window), np.int32)
+    for done in range(begin, len(plan), size):
+        batch = plan[done : done + size]
+        tokens = np.zeros((size, window), np.int32)
         if shift:
             tokens[:, 0] = bos
         for row, w in zip(tokens, batch, strict=False):
@@ -103,7 +103,7 @@ def score_documents(
         for row, w in zip(scored, batch, strict=False):
             results[w.document][w.first : w.stop] = row[shift + w.first - w.start : shift + w.stop - w.start]
         if partial:
-            partial.save(f"{window}/{stride}", done + len(batch), losses, last=done + rows >= len(plan))
+            partial.save(f"{window}/{stride}", done + len(batch), losses, last=done + size >= len(plan))
         advance(len(batch))
     return results
 
