@@ -173,7 +173,8 @@ def test_remote_storage_is_a_folder_like_any(folder, tmp_path, monkeypatch):
         pseudo_dirs = [""]  # noqa: RUF012
 
     fsspec.register_implementation("s3", Store, clobber=True)
-    _convert(folder, "s3://bucket/models/tiny", "hf", shard_gb=1e-4)
+    target = command.Convert(str(folder), "s3://bucket/models/tiny", format="hf", shard_gb=1e-4)
+    command.convert(target, quiet=True)  # with its verification
     names = {path.rsplit("/", 1)[1] for path in Store.store}
     assert "config.json" in names and "model.safetensors.index.json" in names and "README.md" in names
     assert not any("/.tiny-" in path for path in Store.store)  # renamed when whole

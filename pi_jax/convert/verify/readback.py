@@ -17,6 +17,7 @@ from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import CheckpointConfig, ModelConfig
 from pi_jax.convert import param_mapping, pipeline
 from pi_jax.convert.folders import is_remote, read_json
+from pi_jax.convert.formats.safetensors import File
 
 Read = Callable[[param_mapping.Tensor], np.ndarray]
 """Function from a tensor to its value."""
@@ -57,7 +58,7 @@ def hf(folder: epath.Path) -> Read:
     index = folder / "model.safetensors.index.json"
     files = read_json(index)["weight_map"] if index.exists() else {}
     if is_remote(folder):
-        return lambda t: safetensors.File(folder / files.get(t.name, "model.safetensors")).read(t.name)
+        return lambda t: File(folder / files.get(t.name, "model.safetensors")).read(t.name)
     opened = _Opened(lambda path: safetensors.safe_open(path, framework="np"))
 
     def read(tensor: param_mapping.Tensor) -> np.ndarray:
