@@ -72,10 +72,10 @@ def cache_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pi_jax"
     try:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pi_jax"
         root.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home, or a read-only one: compile every time
+    except (OSError, RuntimeError):  # a read-only home, or none: compile every time
         return
     jax.config.update("jax_compilation_cache_dir", str(root / _cpu_kind()))
 
