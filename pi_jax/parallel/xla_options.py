@@ -1,4 +1,4 @@
-"""XLA settings of every command: flags by GPU generation, and the cache of compiled programs.
+"""XLA settings of train, evaluate and generate: flags by GPU generation, and the cache of compiled programs.
 
 The user's own settings always win.
 """
