@@ -235,7 +235,7 @@ def test_a_run_exports_while_it_trains(config, tmp_path):
     assert sorted(p.name for p in exports.iterdir()) == ["step-2", "step-4", "step-6"]
     last = json.loads((exports / "step-6" / "config.json").read_text())
     assert last["torch_dtype"] == "bfloat16" and last["rope_scaling"]["factor"] == 2.0
-    assert "6 steps of 8 rows" in (exports / "step-6" / "README.md").read_text()
+    assert "6 steps of 8 sequences" in (exports / "step-6" / "README.md").read_text()
     assert "vllm serve MODEL --max-model-len 128" in (exports / "step-6" / "README.md").read_text()
     convert(Convert(config.train.output, str(tmp_path / "out"), dtype="bfloat16"))
     for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
