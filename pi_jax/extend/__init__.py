@@ -1,0 +1,1 @@
+"""The whole journey in one command: `pi-jax extend`."""

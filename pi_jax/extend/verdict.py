@@ -1,0 +1,201 @@
+"""What the results of `extend` show, claim by claim, beside the numbers of the paper; and the page that shows it."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from pi_jax import cli, log
+from pi_jax.evaluate import result
+from pi_jax.evaluate.report import figures
+from pi_jax.evaluate.report.gather import gather
+from pi_jax.evaluate.report.page import Figure, Section, Table, to_html, to_markdown
+from pi_jax.evaluate.report.sections import build
+from pi_jax.extend.stages import Variant
+
+if TYPE_CHECKING:
+    from pi_jax.extend.journey import Journey
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and whether it holds here."""
+
+    claim: str
+    here: str
+    """What was measured."""
+    paper: str
+    """The paper's numbers for LLaMA 7B from 2,048 to 8,192 tokens on PG-19 (its Tables 1, 3 and 4)."""
+    holds: bool
+
+    @property
+    def sentence(self) -> str:
+        """The claim, the measurement and the paper's in one line."""
+        return f"{'yes' if self.holds else 'NO '}  {self.claim}: {self.here} (paper: {self.paper})"
+
+
+class Findings:
+    """The results of a journey."""
+
+    def __init__(self, journey: "Journey"):
+        self.journey = journey
+
+    def perplexity(self, variant: Variant, text: str, window: int) -> dict[str, Any]:
+        """Perplexity of a model on a text in windows of a size, with its ranges of positions."""
+        found = json.loads(self.journey.result(variant.name, text).read_text())["results"]
+        return next(r for r in found if r["window"] == window)
+
+    def passkey(self, variant: Variant) -> dict[str, Any]:
+        """Passkey retrieval of a model in the new window."""
+        return json.loads(self.journey.result(variant.name, "passkey").read_text())["results"][0]
+
+    def claims(self) -> list[Claim]:
+        """All claims that the results can answer."""
+        journey, window = self.journey, self.journey.window
+        base, untuned = journey.before()[:2]
+        tuned = journey.tuned("tuned", "interpolated")
+        found = []
+        for text in journey.heldout:
+            inside = self.perplexity(base, text, journey.base)["perplexity"]
+            beyond = self.perplexity(base, text, window)["perplexity"]
+            plain = self.perplexity(untuned, text, window)["perplexity"]
+            last = self.perplexity(tuned[-1], text, window)["perplexity"]
+            found += [
+                Claim(
+                    f"The base model fails beyond its window ({text})",
+                    f"perplexity {_number(beyond)}, {_times(beyond / inside)} the {_number(inside)} of windows of "
+                    f"{journey.base:,}",
+                    "above 1,000, against 7.20",
+                    beyond > 2 * inside,
+                ),
+                Claim(
+                    f"Interpolation alone stays finite, but is worse than the base model inside its window ({text})",
+                    f"perplexity {_number(plain)}, {_times(plain / inside)}",
+                    "16.10, 2.2 x",
+                    math.isfinite(plain) and inside < plain < beyond,
+                ),
+                Claim(
+                    f"{journey.options.steps} steps of fine-tuning recover it, and the longer window is used ({text})",
+                    f"perplexity {_number(last)}, {_times(last / inside)}",
+                    "7.12 after 200 steps, 6.95 after 1,000: 0.99 x and 0.97 x",
+                    last <= inside,
+                ),
+            ]
+        reached = max(self.passkey(v)["k_max"] for v in tuned)
+        first = next((v.step for v in tuned if self.passkey(v)["k_max"] == window), None)
+        when = f"after {first} steps" if first else f"at most, after up to {journey.options.steps} steps"
+        found.append(
+            Claim(
+                "The interpolated model finds a passkey anywhere in the new window",
+                f"k_max {reached:,} of {window:,} {when}",
+                "8,192 of 8,192 after 200 steps",
+                self.passkey(tuned[-1])["k_max"] == window,
+            )
+        )
+        if "direct" in journey.runs:
+            direct = journey.tuned("direct", "direct")[-1]
+            k_max = self.passkey(direct)["k_max"]
+            found.append(
+                Claim(
+                    "Fine-tuning without interpolation does not reach that",
+                    f"k_max {k_max:,} after {journey.options.steps} steps",
+                    "1,792 after 200 steps, 2,560 after 10,000",
+                    k_max < min(reached, self.passkey(tuned[-1])["k_max"]),
+                )
+            )
+        return found
+
+    def steps(self) -> Table:
+        """Perplexity and k_max against steps of fine-tuning, as in the paper's Tables 3 and 4."""
+        journey, window = self.journey, self.journey.window
+        before = journey.before()
+        start = {"tuned": before[1], "direct": before[0]}
+        heads = ["fine-tuning", "steps", *(f"perplexity, {text}" for text in journey.heldout), "k_max", "found"]
+        rows = []
+        for run, label in journey.runs.items():
+            for variant in [start[run], *journey.tuned(run, label)]:
+                numbers = [float(self.perplexity(variant, text, window)["perplexity"]) for text in journey.heldout]
+                key = self.passkey(variant)
+                rows.append([label, variant.step or 0, *numbers, key["k_max"], f"{key['success']:.0%}"])
+        return Table(heads, rows, f"Windows of {window:,} tokens against steps of fine-tuning")
+
+    def overview(self) -> Table:
+        """All models in the new window, and the base model truncated to its own."""
+        journey, window = self.journey, self.journey.window
+        before = journey.before()
+        last = [journey.tuned(run, label)[-1] for run, label in journey.runs.items()]
+        heads = ["model", "window", *(f"perplexity, {text}" for text in journey.heldout), "k_max"]
+        texts = list(journey.heldout)
+        rows = [
+            [
+                "base model, truncated",
+                journey.base,
+                *(float(self.perplexity(before[0], t, journey.base)["perplexity"]) for t in texts),
+                None,
+            ]
+        ]
+        for variant in [*before, *last]:
+            numbers = [float(self.perplexity(variant, t, window)["perplexity"]) for t in texts]
+            rows.append([variant.label, window, *numbers, self.passkey(variant)["k_max"]])
+        return Table(heads, rows, "Perplexity (lower is better) and k_max, the effective window in tokens (higher)")
+
+    def charts(self) -> list[Figure]:
+        """Perplexity by position, and how often the passkey is found."""
+        journey = self.journey
+        models = [*journey.before(), *(journey.tuned(run, label)[-1] for run, label in journey.runs.items())]
+        found = []
+        for text in journey.heldout:
+            data = []
+            for variant in models:
+                entry = self.perplexity(variant, text, journey.window)
+                parts = [p for p in entry["by_position"] if p["perplexity"] is not None]
+                middles = [(p["from"] + p["to"]) / 2 for p in parts]
+                data.append((variant.label, "", middles, [p["perplexity"] for p in parts]))
+            marks = [("the base model's window", journey.base)]
+            svg = figures.lines(data, "position (tokens)", "perplexity", log_y=True, marks=marks)
+            found.append(Figure(svg, f"Perplexity by position in the text: {text}."))
+        data = []
+        for variant in models:
+            points = self.passkey(variant)["by_distance"]
+            data.append((variant.label, "", [p["k"] for p in points], [100 * p["success"] for p in points]))
+        svg = figures.lines(data, "distance of the passkey (tokens)", "found (% of trials)")
+        found.append(Figure(svg, "Passkey retrieval: how often a number is found, by its distance from the question."))
+        return found
+
+
+def write(journey: "Journey") -> list[Claim]:
+    """Prints the verdict, and writes `report.html`, `report.md` and `verdict.json` into the output folder."""
+    findings = Findings(journey)
+    claims, overview, steps = findings.claims(), findings.overview(), findings.steps()
+    for table in (overview, steps):
+        log.info(f"{table.caption}\n{result.table([list(table.heads), *([t for t, _ in r] for r in table.shown())], 1)}\n")
+    held = sum(claim.holds for claim in claims)
+    log.info(f"Verdict: {held} of {len(claims)} claims of the paper hold here\n" + "\n".join(c.sentence for c in claims))
+    rows = [["yes" if c.holds else "no", c.claim, c.here, c.paper] for c in claims]
+    heads = ["holds", "claim of the paper", "here", "paper (LLaMA 7B, 2,048 to 8,192)"]
+    lead = (
+        f"{held} of {len(claims)} claims hold: {journey.options.model}, from {journey.base:,} to {journey.window:,} "
+        f"tokens by Position Interpolation, {journey.options.steps} steps of fine-tuning."
+    )
+    first = Section("Verdict", [Table(heads, rows), *findings.charts(), overview, steps], [], lead)
+    inputs = [
+        f"{v.label}={journey.output}/results/{v.name}-{what}.json"
+        for v in [*journey.before(), *(journey.tuned(run, label)[-1] for run, label in journey.runs.items())]
+        for what in (*journey.heldout, "passkey")
+    ]
+    sections = [first, *build(gather(inputs))]
+    title = f"{pathlib.Path(journey.options.model).name}: {journey.base:,} to {journey.window:,} tokens"
+    for name, text in (("report.html", to_html(title, sections)), ("report.md", to_markdown(title, sections))):
+        with cli.new_file(journey.output / name) as file:
+            file.write_text(text)
+    cli.write_json(str(journey.output / "verdict.json"), [dataclasses.asdict(c) for c in claims])
+    return claims
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} x" if ratio < 10 else f"{ratio:,.0f} x"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
