@@ -1,6 +1,6 @@
 """Logits of a real model in pi_jax and in transformers: as imported, and as exported with its window doubled.
 
-    python benchmarks/convert_parity.py --model demo/model --text demo/text/test/moby_dick.txt \
+    python benchmarks/convert_parity.py --model smollm2/model --text smollm2/text/test/moby_dick.txt \
         --output benchmarks/results/NAME.json
 
 The import is compared on the first tokens of a real text. The export (`linear`, factor 2) is compared on tokens whose

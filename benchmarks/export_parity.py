@@ -1,7 +1,7 @@
 """Logits of an exported folder in transformers against those of the run it came from, far beyond the base window.
 
     python benchmarks/export_parity.py --source runs/smollm2-16k --export smollm2-16k-hf \
-        --text demo/text/test/moby_dick.txt --output benchmarks/results/NAME.json
+        --text smollm2/text/test/moby_dick.txt --output benchmarks/results/NAME.json
 
 Both read the same text, in float32, in one pass; the logits of the last tokens are compared. Exits with status 1 if
 they differ by more than the tolerance, or if the control (the same folder with its scaling taken out) does not differ.

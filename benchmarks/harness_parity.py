@@ -1,6 +1,6 @@
 """lm-evaluation-harness with our adaptor and with its own `hf` model on the same weights and a local task.
 
-    python benchmarks/harness_parity.py --model demo/model --text demo/text/test/emma.txt --output FILE.json
+    python benchmarks/harness_parity.py --model smollm2/model --text smollm2/text/test/emma.txt --output FILE.json
 
 The task is made of the text: which of four sentences follows a passage. Exits with status 1 if an accuracy differs,
 or a log-likelihood by more than 1e-3.

@@ -1,6 +1,6 @@
 """Sliding-window perplexity, ours against PyTorch and transformers: the same numbers, and how fast.
 
-    python benchmarks/evaluate.py perplexity --model demo/model --data TEXTS --output benchmarks/results/NAME.json
+    python benchmarks/evaluate.py perplexity --model smollm2/model --data TEXTS --output benchmarks/results/NAME.json
 
 The other side is `tests/transformers_perplexity.py`, which shares no code with pi_jax and, like pi_jax, computes only
 the logits of scored tokens. Both run in separate processes and alternate. The comparison uses the fastest window of

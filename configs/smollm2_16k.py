@@ -1,7 +1,7 @@
 r"""SmolLM2-135M from 8,192 to 16,384 tokens by Position Interpolation, on a CPU: a real model, real books.
 
-    python benchmarks/real_inputs.py --output demo
-    python -m pi_jax.prepare --input demo/text/train --tokenizer demo/model --output demo/tokens --window 16384
+    python benchmarks/real_inputs.py --output smollm2
+    python -m pi_jax.prepare --input smollm2/text/train --tokenizer smollm2/model --output smollm2/tokens --window 16384
     python -m pi_jax.train --config configs/smollm2_16k.py
 
 What to expect (docs/results.md has the tables): the interpolated model's perplexity starts at twice the original one's
@@ -31,10 +31,10 @@ def get_config() -> Config:
     return Config(
         rope=RopeConfig("linear", 2.0),
         compute=ComputeConfig(dtype="float32", loss_chunk=256),
-        data=DataConfig(sources=("demo/tokens",), window=2048, batch_size=1),
+        data=DataConfig(sources=("smollm2/tokens",), window=2048, batch_size=1),
         # Five times the paper's rate and a quarter of its warm-up: a hundred thousand tokens, not half a billion.
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
-        train=TrainConfig(init_from="demo/model", output="runs/smollm2-16k", steps=64),
+        train=TrainConfig(init_from="smollm2/model", output="runs/smollm2-16k", steps=64),
         checkpoint=CheckpointConfig(every=32),
         logging=LoggingConfig(every=4),
     )

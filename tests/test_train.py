@@ -374,7 +374,7 @@ def test_bad_input_on_the_command_line_is_one_sentence_and_status_2(tmp_path):
     command = [sys.executable, "-m", "pi_jax.train", "--config", str(ROOT / "configs" / "smollm2_16k.py")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: demo/model: there is no such folder")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: smollm2/model: there is no such folder")
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

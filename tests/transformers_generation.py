@@ -1,6 +1,6 @@
 """Greedy generation of a real model against transformers, token by token: an independent check, run by hand.
 
-    python tests/transformers_generation.py --model demo/model
+    python tests/transformers_generation.py --model smollm2/model
 
 Five prompts alone and a ragged batch of four, 64 tokens each in float32, plain and interpolated by 2 without tuning;
 and the logits of every step against one pass over the whole text without a cache.
