@@ -5,6 +5,7 @@ that it stated before ("Which for the harbour lantern? 48213."). Only what was s
 perplexity of a ledger measures how far back a model can look. Ledgers are generated: nothing but `rng` decides them.
 """
 
+import collections
 import gzip
 import json
 import pathlib
@@ -26,6 +27,8 @@ STATEMENTS = (
     "{value} is the {key}.",
     "Mark the {key} as {value}.",
     "Let {key} = {value}.",
+    "The {key} has {value}. Keep {value} for the {key}.",
+    "{value} belongs to the {key}.",
 )
 RECALLS = (
     "The {key} is {value}.",
@@ -37,6 +40,9 @@ RECALLS = (
     "Recall {key}. It is {value}.",
     "Let {key} = {value}.",
     "{key}: {value}.",
+    "Who knows the {key}? The {key} was {value}.",
+    "Where was the {key}? The {key} has {value}.",
+    "Say the {key}. The {key} is {value}.",
 )
 PLAIN, VALUE, ANSWER, FILLER = range(4)
 """Kinds of pieces: words of a statement or question; the value of a new fact, which nothing tells; the value of a known
@@ -69,23 +75,17 @@ def sentences(text: str) -> list[str]:
     return [s for s in found if 10 < len(s) < 90 and re.fullmatch(r"[A-Z][^\d\"_]*[a-z]{4}[.!?]", s)]
 
 
-def nouns(text: str, count: int = 700) -> list[str]:
-    """The commonest words after "the" that seldom stand elsewhere: mostly nouns, some adjectives."""
-    words = re.findall(r"[a-z]+", text.lower())
-    seen: dict[str, list[int]] = {}
-    for before, word in zip(words, words[1:], strict=False):
-        of = seen.setdefault(word, [0, 0])
-        of[0] += before in ("the", "a", "his", "her", "their", "my")
-        of[1] += 1
-    good = [w for w, (after, total) in seen.items() if len(w) > 3 and after > 0.35 * total]
-    return sorted(good, key=lambda w: -seen[w][1])[:count]
+def words(text: str) -> list[str]:
+    """All words of at least three letters that occur five times, in the order of the alphabet."""
+    counts = collections.Counter(re.findall(r"(?<![A-Za-z])[a-z]{3,}(?![A-Za-z])", text))
+    return sorted(word for word, count in counts.items() if count >= 5)
 
 
 class Ledgers:
-    """Generates ledgers from the sentences and nouns of a text."""
+    """Generates ledgers from the sentences and words of a text."""
 
     def __init__(self, text: str):
-        self._sentences, self._nouns = sentences(text), nouns(text)
+        self._sentences, self._words = sentences(text), words(text)
 
     def pieces(self, rng: np.random.Generator, length: int, filler: int | None = None) -> Iterator[Piece]:
         """One ledger of at least `length` characters.
@@ -133,13 +133,13 @@ class Ledgers:
 
     def _key(self, rng: np.random.Generator) -> str:
         size = int(rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2)))
-        return " ".join(self._nouns[i] for i in rng.integers(len(self._nouns), size=size))
+        return " ".join(self._words[i] for i in rng.integers(len(self._words), size=size))
 
     def _value(self, rng: np.random.Generator, kind: int | None) -> str:
         kind = int(rng.choice(3, p=(0.6, 0.2, 0.2))) if kind is None else kind
         if kind == 0:
             return str(rng.integers(10_000, 100_000) if rng.random() < 0.8 else rng.integers(100_000, 1_000_000))
-        return str(rng.integers(100, 1000)) if kind == 1 else self._nouns[rng.integers(len(self._nouns))]
+        return str(rng.integers(100, 1000)) if kind == 1 else self._words[rng.integers(len(self._words))]
 
     @staticmethod
     def _fill(form: str, fact: tuple[str, str], space: str, new: bool) -> Iterator[Piece]:
@@ -152,6 +152,7 @@ class Ledgers:
                 key_known = True
             elif "{value}" in part:
                 kind = VALUE if new else ANSWER if key_known else PLAIN
+                new = False  # said again in the same sentence
                 if fact[1][0].isdigit() and text[0] == " ":
                     yield " ", PLAIN
                     text = text[1:]
