@@ -1,14 +1,23 @@
 # Every target makes .venv by itself. PYTHON chooses the interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
+SEED ?= 0
 
-.PHONY: test test-slow test-compiled test-transformers4 test-llamacpp lint format tiny clean
+.PHONY: demo test test-slow test-compiled test-transformers4 test-llamacpp lint format tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+demo: .venv/installed           ## the paper in miniature: 256 to 2,048 tokens, some minutes on two cores
+	$(BIN)/python -m pi_jax extend --model demo/base --output runs/demo --window 2048 \
+	    --data demo/text/ledgers.jsonl.gz demo/text/novels/emma.jsonl.gz demo/text/novels/moby_dick.jsonl.gz \
+	    --heldout demo/text/heldout/prose.jsonl.gz demo/text/heldout/ledger.jsonl.gz \
+	    --steps 100 --batch-size 2 --learning-rate 2e-3 --warmup-steps 10 --seed $(SEED) --compare direct yarn \
+	    --passkey-distances 16 --passkey-trials 5 \
+	    --train-options '--compute.dtype float32 --compute.remat none --optimizer.schedule cosine'
 
 test: .venv/installed           ## the test suite, some minutes on two cores
 	$(BIN)/python -m pytest

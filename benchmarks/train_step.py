@@ -1,6 +1,7 @@
 """Training speed against a plain transformers + torch loop: the same model, text, batch, optimizer and precision.
 
-    python benchmarks/train_step.py --model smollm2/model --text smollm2/text/train --output benchmarks/results/NAME.json
+    python benchmarks/train_step.py --model smollm2/model --text smollm2/text/train \\
+        --output benchmarks/results/NAME.json
     python benchmarks/train_step.py --shape 7b --layers 4 --window 32768 --dtype bfloat16 --remat layer --compile \\
         --output benchmarks/results/NAME.json
 

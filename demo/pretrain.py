@@ -2,8 +2,8 @@ r"""Trains the demo's base model from nothing: a LLaMA of 1.1 M parameters with 
 
     pip install 'torch>=2.10' && python demo/pretrain.py --output base
 
-It is trained with PyTorch and transformers, like the models that pi_jax is for: nothing of pi_jax made it. `base/` holds
-the result, README.md there its hash, time and quality.
+It is trained with PyTorch and transformers, like the models that pi_jax is for: nothing of pi_jax made it. `base/`
+holds the result; README.md there states its hash, time and quality.
 
 A model this small learns to look things up only if it is taught in this order:
 
@@ -12,8 +12,8 @@ A model this small learns to look things up only if it is taught in this order:
 2. windows of 256 tokens, with ledgers (demo/text.py) and novels added: looking up facts by their names;
 3. mostly novels and ledgers: language.
 
-Numbers are tokenized in groups of up to three digits, as in Llama 3. theta is 1,250, so that a window of 256 has the same
-share of unfinished RoPE wavelengths as 2,048 tokens with LLaMA's 10,000.
+Numbers are tokenized in groups of up to three digits, as in Llama 3. theta is 1,250: the window of 256 is the same part
+of it as LLaMA's 2,048 of 10,000, so the slowest wavelengths are as unfinished within the window as in LLaMA.
 """
 
 import argparse

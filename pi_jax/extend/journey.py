@@ -206,7 +206,7 @@ def extend(options: Extend) -> None:
     cluster = detect(os.environ)
     if cluster and cluster.processes > 1:
         raise InputError(
-            f"extend runs in one process, but was started in {cluster.processes}: run the commands that --dry-run prints"
+            f"extend runs in one process, but was started in {cluster.processes}: run the commands of --dry-run"
         )
     _claim(journey)
     began, done = time.monotonic(), 0

@@ -10,12 +10,19 @@ from pi_jax import cli, log
 from pi_jax.evaluate import result
 from pi_jax.evaluate.report import figures
 from pi_jax.evaluate.report.gather import gather
-from pi_jax.evaluate.report.page import Figure, Section, Table, to_html, to_markdown
+from pi_jax.evaluate.report.page import Claims, Figure, Section, Table, to_html, to_markdown
 from pi_jax.evaluate.report.sections import build
 from pi_jax.extend.stages import Variant
 
 if TYPE_CHECKING:
     from pi_jax.extend.journey import Journey
+
+
+_ABOUT = (
+    "paper: Chen et al. 2023, Tables 1, 3 and 4: LLaMA 7B from 2,048 to 8,192 tokens, perplexity on PG-19",
+    "perplexity of the base model inside its window: sliding windows of that size over the same text (truncation)",
+    "k_max: the largest distance such that at it and all shorter ones a passkey is found in at least 20% of the trials",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,16 +176,19 @@ def write(journey: "Journey") -> list[Claim]:
     findings = Findings(journey)
     claims, overview, steps = findings.claims(), findings.overview(), findings.steps()
     for table in (overview, steps):
-        log.info(f"{table.caption}\n{result.table([list(table.heads), *([t for t, _ in r] for r in table.shown())], 1)}\n")
+        log.info(
+            f"{table.caption}\n{result.table([list(table.heads), *([t for t, _ in r] for r in table.shown())], 1)}\n"
+        )
     held = sum(claim.holds for claim in claims)
-    log.info(f"Verdict: {held} of {len(claims)} claims of the paper hold here\n" + "\n".join(c.sentence for c in claims))
-    rows = [["yes" if c.holds else "no", c.claim, c.here, c.paper] for c in claims]
-    heads = ["holds", "claim of the paper", "here", "paper (LLaMA 7B, 2,048 to 8,192)"]
+    log.info(
+        f"Verdict: {held} of {len(claims)} claims of the paper hold here\n" + "\n".join(c.sentence for c in claims)
+    )
+    checked = Claims([(c.claim, f"here: {c.here}; paper: {c.paper}", c.holds) for c in claims])
     lead = (
         f"{held} of {len(claims)} claims hold: {journey.options.model}, from {journey.base:,} to {journey.window:,} "
         f"tokens by Position Interpolation, {journey.options.steps} steps of fine-tuning."
     )
-    first = Section("Verdict", [Table(heads, rows), *findings.charts(), overview, steps], [], lead)
+    first = Section("Verdict", [checked, *findings.charts(), overview, steps], _ABOUT, lead)
     inputs = [
         f"{v.label}={journey.output}/results/{v.name}-{what}.json"
         for v in [*journey.before(), *(journey.tuned(run, label)[-1] for run, label in journey.runs.items())]

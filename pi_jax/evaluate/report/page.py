@@ -48,11 +48,18 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Claims:
+    """Statements that were checked: text, the evidence, and whether each holds."""
+
+    items: Sequence[tuple[str, str, bool]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A section of a report: tables and figures, and the protocol of the measurements."""
 
     title: str
-    parts: Sequence[Table | Figure]
+    parts: Sequence[Table | Figure | Claims]
     protocol: Sequence[str]
     """Lines that describe the protocol."""
     lead: str = ""
@@ -67,6 +74,9 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
         lines += [section.lead, ""] if section.lead else []
         for part in section.parts:
             if isinstance(part, Figure):
+                continue
+            if isinstance(part, Claims):
+                lines += [f"- {'holds' if holds else 'does NOT hold'}: {c}: {e}" for c, e, holds in part.items] + [""]
                 continue
             if part.caption:
                 lines += [f"**{part.caption}**", ""]
@@ -90,11 +100,20 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
 
 
 def _section(number: int, section: Section) -> str:
-    lead = f"<p>{_escape(section.lead)}</p>" if section.lead else ""
-    parts = "\n".join(_figure(p) if isinstance(p, Figure) else _table(p) for p in section.parts)
+    lead = f'<p class="lead">{_escape(section.lead)}</p>' if section.lead else ""
+    make = {Figure: _figure, Table: _table, Claims: _claims}
+    parts = "\n".join(make[type(part)](part) for part in section.parts)
     protocol = "".join(f"<li>{_escape(line)}</li>" for line in section.protocol)
     protocol = f'<div class="protocol"><b>Protocol</b><ul>{protocol}</ul></div>' if protocol else ""
     return f'<section id="s{number}"><h2>{_escape(section.title)}</h2>{lead}\n{parts}\n{protocol}</section>'
+
+
+def _claims(claims: Claims) -> str:
+    items = "".join(
+        f'<li class="{"yes" if holds else "no"}"><b>{_escape(claim)}</b>{_escape(evidence)}</li>'
+        for claim, evidence, holds in claims.items
+    )
+    return f'<ul class="claims">{items}</ul>'
 
 
 def _figure(figure: Figure) -> str:
@@ -116,17 +135,34 @@ def _escape(text: str) -> str:
 
 
 _STYLE = """
-body { margin: 0; background: #fff; color: #1c2126; font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+:root { color-scheme: light dark; --back: #fff; --text: #1c2126; --soft: #4a545e; --line: #e3e6ea; --rule: #9aa3ad;
+  --hover: #f4f7fa; --link: #1a5fb4; --yes: #1b7f3b; --no: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14181c; --text: #e4e8ec; --soft: #a3adb7; --line: #2a3138; --rule: #5b6671; --hover: #1d232a;
+    --link: #7ab7ff; --yes: #6fd38c; --no: #ff8a80; }
+  figure svg { filter: invert(0.91) hue-rotate(180deg); }
+}
+body { margin: 0; background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 28px 80px; }
 h1 { font-size: 28px; margin: 8px 0 12px; } h2 { font-size: 21px; margin: 44px 0 10px; }
-nav a { display: inline-block; margin: 0 18px 6px 0; color: #1a5fb4; text-decoration: none; }
-.wide { overflow-x: auto; }
+nav a { display: inline-block; margin: 0 18px 6px 0; color: var(--link); text-decoration: none; }
+.wide, figure { overflow-x: auto; }
 table { border-collapse: collapse; margin: 14px 0 20px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: 6px; white-space: nowrap; }
-th, td { padding: 5px 14px; text-align: right; border-bottom: 1px solid #e3e6ea; white-space: nowrap; }
-th { border-bottom: 2px solid #9aa3ad; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-tbody tr:hover { background: #f4f7fa; } figure { margin: 18px 0 26px; } figure svg { max-width: 100%; height: auto; }
-figcaption, .protocol { color: #4a545e; font-size: 14px; }
-.protocol { border-left: 3px solid #c9d1d9; padding: 2px 14px; }
+th, td { padding: 5px 14px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { border-bottom: 2px solid var(--rule); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+tbody tr:hover { background: var(--hover); } figure { margin: 18px 0 26px; }
+figure svg { max-width: 100%; min-width: 620px; height: auto; }
+figcaption, .protocol { color: var(--soft); font-size: 14px; }
+.protocol { border-left: 3px solid var(--rule); padding: 2px 14px; }
 .protocol ul { margin: 4px 0; padding-left: 20px; }
+.lead { font-size: 18px; }
+.claims { list-style: none; padding: 0; }
+.claims li { border-left: 4px solid var(--rule); padding: 4px 14px; margin: 12px 0; }
+.claims .yes { border-color: var(--yes); } .claims .no { border-color: var(--no); }
+.claims b { display: block; } .claims small { color: var(--soft); font-size: 14px; }
+.claims .yes b::before { content: "\\2713  "; color: var(--yes); }
+.claims .no b::before { content: "\\2717  "; color: var(--no); }
+@media (max-width: 600px) { main { padding: 12px 14px 60px; } h1 { font-size: 23px; } .lead { font-size: 17px; } }
 """
