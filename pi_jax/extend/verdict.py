@@ -63,30 +63,38 @@ class Findings:
         base, untuned = journey.before()[:2]
         tuned = journey.tuned("tuned", "interpolated")
         found = []
-        for text in journey.heldout:
-            inside = self.perplexity(base, text, journey.base)["perplexity"]
-            beyond = self.perplexity(base, text, window)["perplexity"]
-            plain = self.perplexity(untuned, text, window)["perplexity"]
-            last = self.perplexity(tuned[-1], text, window)["perplexity"]
-            found += [
+        if texts := list(journey.heldout):
+
+            def of(variant: Variant, size: int) -> list[float]:
+                return [self.perplexity(variant, text, size)["perplexity"] for text in texts]
+
+            def shown(values: list[float]) -> str:
+                parts = [f"{t} {_number(x)} ({_times(x / i)})" for t, x, i in zip(texts, values, inside, strict=True)]
+                return "perplexity on " + ", ".join(parts)
+
+            def each(check, *values: list[float]) -> bool:
+                return all(check(*numbers) for numbers in zip(*values, strict=True))
+
+            inside, beyond = of(base, journey.base), of(base, window)
+            plain, last = of(untuned, window), of(tuned[-1], window)
+            found = [
                 Claim(
-                    f"The base model fails beyond its window ({text})",
-                    f"perplexity {_number(beyond)}, {_times(beyond / inside)} the {_number(inside)} of windows of "
-                    f"{journey.base:,}",
-                    "above 1,000, against 7.20",
-                    beyond > 2 * inside,
+                    "The base model fails beyond its window",
+                    f"{shown(beyond)}; inside it " + ", ".join(map(_number, inside)),
+                    "above 1,000 (over 140 x); inside it 7.20",
+                    each(lambda b, i: b > 2 * i, beyond, inside),
                 ),
                 Claim(
-                    f"Interpolation alone stays finite, but is worse than the base model inside its window ({text})",
-                    f"perplexity {_number(plain)}, {_times(plain / inside)}",
-                    "16.10, 2.2 x",
-                    math.isfinite(plain) and inside < plain < beyond,
+                    "Interpolation alone stays finite, but is worse than the base model inside its window",
+                    shown(plain),
+                    "16.10 (2.24 x)",
+                    each(lambda p, i, b: math.isfinite(p) and i < p < b, plain, inside, beyond),
                 ),
                 Claim(
-                    f"{journey.options.steps} steps of fine-tuning recover it, and the longer window is used ({text})",
-                    f"perplexity {_number(last)}, {_times(last / inside)}",
-                    "7.12 after 200 steps, 6.95 after 1,000: 0.99 x and 0.97 x",
-                    last <= inside,
+                    f"{journey.options.steps} steps of fine-tuning recover it: the longer window is used",
+                    shown(last),
+                    "7.12 (0.99 x) after 200 steps, 6.95 (0.97 x) after 1,000",
+                    each(lambda x, i: x <= i, last, inside),
                 ),
             ]
         reached = max(self.passkey(v)["k_max"] for v in tuned)

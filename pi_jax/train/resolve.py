@@ -19,7 +19,8 @@ from pi_jax.train.eval_hook import Evaluation
 from pi_jax.train.optimizer import make_optimizer
 from pi_jax.train.step import batch_loss
 
-# Fields of `ModelConfig` that must not change when a run resumes. Add new ones that change what the model computes.
+# Fields of `ModelConfig` that must not change when a run resumes. Add new ones that change what the model computes; the
+# window does so only through RoPE, which is compared as a whole.
 _MODEL_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -28,7 +29,6 @@ _MODEL_FIELDS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "max_position_embeddings",
     "rms_norm_eps",
     "tie_word_embeddings",
 )
@@ -117,6 +117,12 @@ def resolve_model(config: Config) -> tuple[ModelConfig, Source | None]:
     if model is None:
         raise InputError("neither model nor train.init_from is set: set one of them")
     extended = extend(model, config.rope)
+    if extended.rope.kind == "default" and config.data.reach > extended.max_position_embeddings:
+        # Direct fine-tuning: the model that leaves the run has the window that it was trained for.
+        original = extended.original_window if source else None
+        extended = dataclasses.replace(
+            extended, max_position_embeddings=config.data.reach, original_max_position_embeddings=original
+        )
     return extended, source and dataclasses.replace(source, config=extended)
 
 
