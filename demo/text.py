@@ -53,7 +53,7 @@ Piece = tuple[str, int]
 HELD_OUT = "persuasion"
 CHARACTERS = 9000
 """Of a document for the extended window of 2,048 tokens, with some to spare."""
-FILLERS = (0, 1, 3, 3)
+FILLERS = (0, 1, 3, 4)
 
 
 def read(name: str) -> list[str]:
@@ -94,21 +94,23 @@ class Ledgers:
           rng: decides everything.
           length: characters.
           filler: what stands between the facts. 0: some sentences, repeated; 1: other sentences each time; 2: little;
-            3: both kinds. None: any.
+            3: both kinds; 4: simple statements, repeated, in the words of facts. None: any, the last most often.
         """
-        mode = int(rng.integers(4)) if filler is None else filler
+        mode = min(int(rng.integers(6)), 4) if filler is None else filler
         repeated = [self._sentences[i] for i in rng.integers(len(self._sentences), size=rng.integers(2, 6))]
+        if mode == 4:
+            repeated = [self._simple(rng) for _ in range(rng.integers(2, 7))]
         at = 0
         facts: list[tuple[str, str]] = []
         most = 1 + int(rng.integers(6) * max(1.0, length / 1600))
         rate = rng.choice([0.2, 0.5, 0.9]) * min(1.0, (1600 / length) ** 0.5)
-        share = (0.55, 0.55, 0.95, 0.7)[mode]
+        share = (0.55, 0.55, 0.95, 0.7, 0.5)[mode]
         kinds = int(rng.choice(3, p=(0.6, 0.2, 0.2))) if rng.random() < 0.7 else None
         written, space = 0, ""
         while written < length:
             if written and rng.random() > share:
                 for _ in range(1 + int(rng.integers(3 if length <= 1000 else 8))):
-                    if mode == 0 or (mode == 3 and rng.random() < 0.5):
+                    if mode in (0, 4) or (mode == 3 and rng.random() < 0.5):
                         text, at = repeated[at % len(repeated)], at + 1
                     else:
                         text = self._sentences[rng.integers(len(self._sentences))]
@@ -120,16 +122,27 @@ class Ledgers:
             if new:
                 fact = self._key(rng), self._value(rng, kinds)
                 facts.append(fact)
-                form = STATEMENTS[rng.integers(len(STATEMENTS))]
+                form = self._form(rng, STATEMENTS)
             else:
                 fact = facts[rng.integers(len(facts))] if rng.random() < 0.8 else facts[0]
-                form = RECALLS[rng.integers(len(RECALLS))]
+                form = self._form(rng, RECALLS)
             if written and rng.random() < 0.15:
                 yield "\n", PLAIN
                 space = ""
             yield from self._fill(form, fact, space, new)
             written += len(form) + len(fact[0]) + len(fact[1]) - 12
             space = " "
+
+    def _simple(self, rng: np.random.Generator) -> str:
+        """A sentence that looks like a fact: what follows a key must be found by the key, not by "is"."""
+        words = [self._words[i] for i in rng.integers(len(self._words), size=3)]
+        forms = ("The {} is {}.", "The {} was {}.", "The {} {} is {}.", "Here {} {}.", "There the {} and {} again.")
+        return forms[rng.choice(5, p=(0.4, 0.15, 0.15, 0.15, 0.15))].format(*words)
+
+    @staticmethod
+    def _form(rng: np.random.Generator, forms: Sequence[str]) -> str:
+        """Any form, the first ("The KEY is VALUE.") most often."""
+        return forms[0] if rng.random() < 0.3 else forms[rng.integers(len(forms))]
 
     def _key(self, rng: np.random.Generator) -> str:
         size = int(rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2)))

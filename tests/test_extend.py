@@ -131,15 +131,18 @@ def test_claims_follow_the_numbers(journey, monkeypatch):
     """Both ways: with the paper's own numbers all claims hold, with a failed run none of those about tuning does."""
 
     def given(perplexities, keys):
-        monkeypatch.setattr(
-            verdict.Findings, "perplexity", lambda _, v, text, window: {"perplexity": perplexities[v.name, window]}
-        )
+        def entry(_, variant, text, window):
+            value = perplexities[variant.name, window]
+            return {"perplexity": value, "by_position": [{"perplexity": perplexities.get("last", value)}]}
+
+        monkeypatch.setattr(verdict.Findings, "perplexity", entry)
         monkeypatch.setattr(verdict.Findings, "passkey", lambda _, v: {"k_max": keys[v.name], "success": 0.0})
         return [claim.holds for claim in verdict.Findings(journey).claims()]
 
     table = {("base", 64): 7.2, ("base", 512): 1500.0, ("untuned", 512): 16.1, ("tuned-4", 512): 6.95}
     keys = {"tuned-2": 512, "tuned-4": 512, "direct-4": 128}
     assert given(table, keys) == [True] * 5
-    assert given(table | {("base", 512): 8.0}, keys)[:2] == [False, False]
+    assert given(table | {("base", 512): 8.0}, keys) == [False, True, True, True, True]
+    assert given(table | {"last": 40.0}, keys) == [True, False, True, True, True]
     assert given(table | {("tuned-4", 512): 7.3}, keys | {"tuned-4": 256}) == [True, True, False, False, True]
     assert given(table, keys | {"direct-4": 512})[-1] is False
