@@ -167,7 +167,7 @@ class Ledgers:
                 kind = VALUE if new else ANSWER if key_known else PLAIN
                 new = False  # said again in the same sentence
                 if fact[1][0].isdigit() and text[0] == " ":
-                    yield " ", PLAIN
+                    yield " ", kind  # whether a number follows is a part of the answer
                     text = text[1:]
             yield text, kind
 

@@ -49,7 +49,7 @@ def test_answers_follow_from_what_was_stated(text, novels):
         known = set()
         for piece, kind in ledgers.pieces(rng, 2000):
             if kind == text.VALUE:
-                known.add(piece.strip())
+                known.add(piece.strip())  # and the blank before a number
             elif kind == text.ANSWER:
                 assert piece.strip() in known
 

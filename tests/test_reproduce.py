@@ -24,7 +24,14 @@ def test_each_table_in_miniature(table, tmp_path):
     """All cells that the paper fills and a short run can reach have a number of ours."""
     words = ["--smoke", "--output", tmp_path / "out"]
     if table == 5:
-        words += ["--tasks", ROOT / "tests/evaluate/data/task.yaml"]
+        (tmp_path / "data.jsonl").write_text('{"question": "Is it?", "options": [" yes", " no"], "label": 0}\n' * 4)
+        (tmp_path / "local.yaml").write_text(
+            "task: local\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+            'doc_to_text: "{{question}}"\ndoc_to_choice: "{{options}}"\ndoc_to_target: label\n'
+            "metric_list: [{metric: acc}]\nmetadata: {version: 1}\n"
+        )
+        words += ["--tasks", tmp_path / "local.yaml"]
     if table == 6:
         for name in ("train", "test"):
             lines = [json.dumps({"report": tiny.story(seed), "summary": tiny.story(seed)[:60]}) for seed in range(12)]
