@@ -33,7 +33,7 @@ STAGES = (
     # window, sequences per step, steps, learning rate, its share at the end, mixture of repeats, ledgers and novels
     (64, 128, 650, 2e-3, 1.0, (1.0, 0.0, 0.0)),
     (WINDOW, 32, 600, 1.5e-3, 1.0, (0.35, 0.45, 0.2)),
-    (WINDOW, 32, 1000, 1.5e-3, 0.05, (0.08, 0.47, 0.45)),
+    (WINDOW, 32, 1900, 1.5e-3, 0.05, (0.08, 0.5, 0.42)),
 )
 WEIGHTS = {text.PLAIN: 0.3, text.VALUE: 0.0, text.ANSWER: 4.0, text.FILLER: 0.2}
 """Loss weights by kind of piece: what a new fact is cannot be known, and answers are what is to be learned."""
