@@ -17,7 +17,7 @@ demo: .venv/installed           ## the paper in miniature: 256 to 2,048 tokens, 
 	    --heldout demo/text/heldout/prose.jsonl.gz demo/text/heldout/ledger.jsonl.gz \
 	    --steps 60 --batch-size 4 --learning-rate 2e-3 --warmup-steps 5 --seed $(SEED) --compare direct yarn \
 	    --passkey-distances 16 --passkey-trials 3 \
-	    --train-options '--compute.dtype float32 --compute.remat none --optimizer.schedule cosine'
+	    --train-options='--compute.dtype float32 --compute.remat none --optimizer.schedule cosine'
 
 test: .venv/installed           ## the test suite, some minutes on two cores
 	$(BIN)/python -m pytest

@@ -61,7 +61,7 @@ class Extend:
     """First check that training fits on this hardware, such as h100:8 (`pi-jax plan`; needs the compilers). Empty: no
     check."""
     train_options: str = ""
-    """Further options of `pi-jax train`, as one string: '--compute.dtype float32 --mesh.context 2'."""
+    """Further options of `pi-jax train`, as one string: --train-options='--compute.dtype float32 --mesh.context 2'."""
     dry_run: bool = False
     """Print the commands and run nothing."""
 
