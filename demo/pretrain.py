@@ -12,7 +12,7 @@ A model this small learns to look things up only if it is taught in this order:
 2. windows of 256 tokens, with ledgers (demo/text.py) and novels added: looking up facts by their names;
 3. mostly novels and ledgers: language.
 
-Numbers are tokenized in groups of up to three digits, as in Llama 3. theta is 1,250: the window of 256 is the same part
+Numbers are split into groups of up to three digits, as in Llama 3. theta is 1,250: the window of 256 is the same part
 of it as LLaMA's 2,048 of 10,000, so the slowest wavelengths are as unfinished within the window as in LLaMA.
 """
 
@@ -40,7 +40,7 @@ WEIGHTS = {text.PLAIN: 0.3, text.VALUE: 0.0, text.ANSWER: 4.0, text.FILLER: 0.2}
 
 
 def make_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer with a token for every number of up to three digits."""
+    """A byte-level BPE tokenizer with a token for every group of three digits."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d{1,3}| ?\p{L}+| ?[^\s\p{L}\d]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    novels = [document for path in sorted((text.FOLDER / "novels").iterdir()) for document in text.read(path)]
+    novels = text.novels()
     tokenizer = make_tokenizer(novels)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

@@ -62,6 +62,12 @@ def read(name: str) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
+def novels() -> list[str]:
+    """The training novels: Austen's by title, then Moby-Dick. The ledgers depend on the order."""
+    paths = sorted((FOLDER / "novels").iterdir(), key=lambda path: (path.name.startswith("moby"), path.name))
+    return [document for path in paths for document in read(f"novels/{path.name}")]
+
+
 def write(name: str, documents: Sequence[str]) -> None:
     """Writes documents to a .jsonl.gz file of `text/`, the same bytes each time."""
     (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def novels(text):
-    return [document for path in sorted((DEMO / "text/novels").iterdir()) for document in text.read(path)]
+    return text.novels()
 
 
 def test_the_ledgers_are_what_the_seed_makes(text, novels):
@@ -48,10 +48,11 @@ def test_answers_follow_from_what_was_stated(text, novels):
     for _ in range(20):
         known = set()
         for piece, kind in ledgers.pieces(rng, 2000):
+            value = piece.strip()  # a number comes after a blank of its own
             if kind == text.VALUE:
-                known.add(piece.strip())  # and the blank before a number
-            elif kind == text.ANSWER:
-                assert piece.strip() in known
+                known.add(value)
+            elif kind == text.ANSWER and value:
+                assert value in known
 
 
 def test_the_passkey_prompt_is_in_no_training_text(text, novels):
@@ -80,7 +81,7 @@ def test_pretraining_runs(text, novels):
 
     pretrain = _load("pretrain")
     tokenizer = pretrain.make_tokenizer(novels[:1])
-    assert [len(tokenizer.encode(f"{n}").ids) for n in (7, 42, 123, 48213)] == [1, 1, 1, 2]
+    assert [len(tokenizer.encode(f"{n}").ids) for n in (7, 123, 482134)] == [1, 1, 2]
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=pretrain.VOCABULARY, tie_word_embeddings=True, **sizes))
