@@ -86,7 +86,7 @@ def test_pretraining_runs(text, novels):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=pretrain.VOCABULARY, tie_word_embeddings=True, **sizes))
     lines = []
-    stages = [(window, 2, 100, *rest) for window, _, _, *rest in pretrain.STAGES]
+    stages = [(window, 8, 100, *rest) for window, _, _, *rest in pretrain.STAGES]
     pretrain.train(model, pretrain.Batches(novels, tokenizer, 0), stages, lines.append)
     losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines]
     assert len(losses) == 3 and all(0 < loss < 9 for loss in losses) and "answers" in lines[1]
