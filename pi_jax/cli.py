@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "fine-tune with a longer window",
     "evaluate": "perplexity, passkey retrieval, RULER, standard benchmarks, summarization, and a report",
     "generate": "generate text from a model",
-    "extend": "the whole journey in one command: tokenize, fine-tune, evaluate, report, export",
+    "extend": "everything in one command: tokenize, fine-tune, evaluate, report, export",
     "convert": "convert weights between Hugging Face folders, Meta folders and pi_jax checkpoints",
     "theory": "check the paper's bounds, plot its figures, measure a model's attention scores",
 }

@@ -1,1 +1,1 @@
-"""The whole journey in one command: `pi-jax extend`."""
+"""Everything in one command: `pi-jax extend`."""

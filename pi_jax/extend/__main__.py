@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import tyro
 
 from pi_jax import cli
-from pi_jax.extend.journey import Extend, extend
+from pi_jax.extend.extension import Extend, extend
 
 
 def main(argv: Sequence[str] | None = None) -> None:

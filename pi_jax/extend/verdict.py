@@ -15,7 +15,7 @@ from pi_jax.evaluate.report.sections import build
 from pi_jax.extend.stages import Variant
 
 if TYPE_CHECKING:
-    from pi_jax.extend.journey import Journey
+    from pi_jax.extend.extension import Extension
 
 
 _ABOUT = (
@@ -43,27 +43,27 @@ class Claim:
 
 
 class Findings:
-    """The results of a journey."""
+    """The results of a extension."""
 
-    def __init__(self, journey: "Journey"):
-        self.journey = journey
+    def __init__(self, extension: "Extension"):
+        self.extension = extension
 
     def perplexity(self, variant: Variant, text: str, window: int) -> dict[str, Any]:
         """Perplexity of a model on a text in windows of a size, with its ranges of positions."""
-        found = json.loads(self.journey.result(variant.name, text).read_text())["results"]
+        found = json.loads(self.extension.result(variant.name, text).read_text())["results"]
         return next(r for r in found if r["window"] == window)
 
     def passkey(self, variant: Variant) -> dict[str, Any]:
         """Passkey retrieval of a model in the new window."""
-        return json.loads(self.journey.result(variant.name, "passkey").read_text())["results"][0]
+        return json.loads(self.extension.result(variant.name, "passkey").read_text())["results"][0]
 
     def claims(self) -> list[Claim]:
         """All claims that the results can answer."""
-        journey, window = self.journey, self.journey.window
-        base, untuned = journey.before()[:2]
-        tuned = journey.tuned("tuned", "interpolated")
+        extension, window = self.extension, self.extension.window
+        base, untuned = extension.before()[:2]
+        tuned = extension.tuned("tuned", "interpolated")
         found = []
-        if texts := list(journey.heldout):
+        if texts := list(extension.heldout):
 
             def of(variant: Variant, size: int) -> list[float]:
                 return [self.perplexity(variant, text, size)["perplexity"] for text in texts]
@@ -75,7 +75,7 @@ class Findings:
             def each(check, *values: list[float]) -> bool:
                 return all(check(*numbers) for numbers in zip(*values, strict=True))
 
-            inside, beyond = of(base, journey.base), of(base, window)
+            inside, beyond = of(base, extension.base), of(base, window)
             plain, last = of(untuned, window), of(tuned[-1], window)
             far = [self.perplexity(untuned, text, window)["by_position"][-1]["perplexity"] for text in texts]
             found = [
@@ -92,7 +92,7 @@ class Findings:
                     each(lambda p, i, f: math.isfinite(p) and i < p and f < 1.25 * p, plain, inside, far),
                 ),
                 Claim(
-                    f"{journey.options.steps} steps of fine-tuning recover it: the longer window is used",
+                    f"{extension.options.steps} steps of fine-tuning recover it: the longer window is used",
                     shown(last),
                     "7.12 (0.99 x) after 200 steps, 6.95 (0.97 x) after 1,000",
                     each(lambda x, i: x <= i, last, inside),
@@ -100,7 +100,7 @@ class Findings:
             ]
         reached = max(self.passkey(v)["k_max"] for v in tuned)
         first = next((v.step for v in tuned if self.passkey(v)["k_max"] == window), None)
-        when = f"after {first} steps" if first else f"at most, after up to {journey.options.steps} steps"
+        when = f"after {first} steps" if first else f"at most, after up to {extension.options.steps} steps"
         found.append(
             Claim(
                 "The interpolated model finds a passkey anywhere in the new window",
@@ -109,45 +109,45 @@ class Findings:
                 self.passkey(tuned[-1])["k_max"] == window,
             )
         )
-        if "direct" in journey.runs:
-            direct = journey.tuned("direct", "direct")[-1]
+        if "direct" in extension.runs:
+            direct = extension.tuned("direct", "direct")[-1]
             k_max = self.passkey(direct)["k_max"]
             found.append(
                 Claim(
                     "Fine-tuning without interpolation does not reach that",
-                    f"k_max {k_max:,} after {journey.options.steps} steps",
+                    f"k_max {k_max:,} after {extension.options.steps} steps",
                     "1,792 after 200 steps, 2,560 after 10,000",
-                    k_max < min(reached, self.passkey(tuned[-1])["k_max"]),
+                    k_max < self.passkey(tuned[-1])["k_max"],
                 )
             )
         return found
 
     def steps(self) -> Table:
         """Perplexity and k_max against steps of fine-tuning, as in the paper's Tables 3 and 4."""
-        journey, window = self.journey, self.journey.window
-        before = journey.before()
+        extension, window = self.extension, self.extension.window
+        before = extension.before()
         start = {"tuned": before[1], "direct": before[0]}
-        heads = ["fine-tuning", "steps", *(f"perplexity, {text}" for text in journey.heldout), "k_max", "found"]
+        heads = ["fine-tuning", "steps", *(f"perplexity, {text}" for text in extension.heldout), "k_max", "found"]
         rows = []
-        for run, label in journey.runs.items():
-            for variant in [start[run], *journey.tuned(run, label)]:
-                numbers = [float(self.perplexity(variant, text, window)["perplexity"]) for text in journey.heldout]
+        for run, label in extension.runs.items():
+            for variant in [start[run], *extension.tuned(run, label)]:
+                numbers = [float(self.perplexity(variant, text, window)["perplexity"]) for text in extension.heldout]
                 key = self.passkey(variant)
                 rows.append([label, variant.step or 0, *numbers, key["k_max"], f"{key['success']:.0%}"])
         return Table(heads, rows, f"Windows of {window:,} tokens against steps of fine-tuning")
 
     def overview(self) -> Table:
         """All models in the new window, and the base model truncated to its own."""
-        journey, window = self.journey, self.journey.window
-        before = journey.before()
-        last = [journey.tuned(run, label)[-1] for run, label in journey.runs.items()]
-        heads = ["model", "window", *(f"perplexity, {text}" for text in journey.heldout), "k_max"]
-        texts = list(journey.heldout)
+        extension, window = self.extension, self.extension.window
+        before = extension.before()
+        last = [extension.tuned(run, label)[-1] for run, label in extension.runs.items()]
+        heads = ["model", "window", *(f"perplexity, {text}" for text in extension.heldout), "k_max"]
+        texts = list(extension.heldout)
         rows = [
             [
                 "base model, truncated",
-                journey.base,
-                *(float(self.perplexity(before[0], t, journey.base)["perplexity"]) for t in texts),
+                extension.base,
+                *(float(self.perplexity(before[0], t, extension.base)["perplexity"]) for t in texts),
                 None,
             ]
         ]
@@ -158,17 +158,17 @@ class Findings:
 
     def charts(self) -> list[Figure]:
         """Perplexity by position, and how often the passkey is found."""
-        journey = self.journey
-        models = [*journey.before(), *(journey.tuned(run, label)[-1] for run, label in journey.runs.items())]
+        extension = self.extension
+        models = [*extension.before(), *(extension.tuned(run, label)[-1] for run, label in extension.runs.items())]
         found = []
-        for text in journey.heldout:
+        for text in extension.heldout:
             data = []
             for variant in models:
-                entry = self.perplexity(variant, text, journey.window)
+                entry = self.perplexity(variant, text, extension.window)
                 parts = [p for p in entry["by_position"] if p["perplexity"] is not None]
                 middles = [(p["from"] + p["to"]) / 2 for p in parts]
                 data.append((variant.label, "", middles, [p["perplexity"] for p in parts]))
-            marks = [("the base model's window", journey.base)]
+            marks = [("the base model's window", extension.base)]
             svg = figures.lines(data, "position (tokens)", "perplexity", log_y=True, marks=marks)
             found.append(Figure(svg, f"Perplexity by position in the text: {text}."))
         data = []
@@ -180,9 +180,9 @@ class Findings:
         return found
 
 
-def write(journey: "Journey") -> list[Claim]:
+def write(extension: "Extension") -> list[Claim]:
     """Prints the verdict, and writes `report.html`, `report.md` and `verdict.json` into the output folder."""
-    findings = Findings(journey)
+    findings = Findings(extension)
     claims, overview, steps = findings.claims(), findings.overview(), findings.steps()
     for table in (overview, steps):
         log.info(
@@ -194,21 +194,21 @@ def write(journey: "Journey") -> list[Claim]:
     )
     checked = Claims([(c.claim, f"here: {c.here}; paper: {c.paper}", c.holds) for c in claims])
     lead = (
-        f"{held} of {len(claims)} claims hold: {journey.options.model}, from {journey.base:,} to {journey.window:,} "
-        f"tokens by Position Interpolation, {journey.options.steps} steps of fine-tuning."
+        f"{held} of {len(claims)} claims hold: {extension.options.model}, from {extension.base:,} to {extension.window:,} "
+        f"tokens by Position Interpolation, {extension.options.steps} steps of fine-tuning."
     )
     first = Section("Verdict", [checked, *findings.charts(), overview, steps], _ABOUT, lead)
     inputs = [
-        f"{v.label}={journey.output}/results/{v.name}-{what}.json"
-        for v in [*journey.before(), *(journey.tuned(run, label)[-1] for run, label in journey.runs.items())]
-        for what in (*journey.heldout, "passkey")
+        f"{v.label}={extension.output}/results/{v.name}-{what}.json"
+        for v in [*extension.before(), *(extension.tuned(run, label)[-1] for run, label in extension.runs.items())]
+        for what in (*extension.heldout, "passkey")
     ]
     sections = [first, *build(gather(inputs))]
-    title = f"{pathlib.Path(journey.options.model).name}: {journey.base:,} to {journey.window:,} tokens"
+    title = f"{pathlib.Path(extension.options.model).name}: {extension.base:,} to {extension.window:,} tokens"
     for name, text in (("report.html", to_html(title, sections)), ("report.md", to_markdown(title, sections))):
-        with cli.new_file(journey.output / name) as file:
+        with cli.new_file(extension.output / name) as file:
             file.write_text(text)
-    cli.write_json(str(journey.output / "verdict.json"), [dataclasses.asdict(c) for c in claims])
+    cli.write_json(str(extension.output / "verdict.json"), [dataclasses.asdict(c) for c in claims])
     return claims
 
 

@@ -119,10 +119,7 @@ def resolve_model(config: Config) -> tuple[ModelConfig, Source | None]:
     extended = extend(model, config.rope)
     if extended.rope.kind == "default" and config.data.reach > extended.max_position_embeddings:
         # Direct fine-tuning: the model that leaves the run has the window that it was trained for.
-        original = extended.original_window if source else None
-        extended = dataclasses.replace(
-            extended, max_position_embeddings=config.data.reach, original_max_position_embeddings=original
-        )
+        extended = dataclasses.replace(extended, max_position_embeddings=config.data.reach)
     return extended, source and dataclasses.replace(source, config=extended)
 
 

@@ -161,7 +161,7 @@ figcaption, .protocol { color: var(--soft); font-size: 14px; }
 .claims { list-style: none; padding: 0; }
 .claims li { border-left: 4px solid var(--rule); padding: 4px 14px; margin: 12px 0; }
 .claims .yes { border-color: var(--yes); } .claims .no { border-color: var(--no); }
-.claims b { display: block; } .claims small { color: var(--soft); font-size: 14px; }
+.claims b { display: block; }
 .claims .yes b::before { content: "\\2713  "; color: var(--yes); }
 .claims .no b::before { content: "\\2717  "; color: var(--no); }
 @media (max-width: 600px) { main { padding: 12px 14px 60px; } h1 { font-size: 23px; } .lead { font-size: 17px; } }

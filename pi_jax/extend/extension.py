@@ -6,17 +6,24 @@ changed by hand. A stage whose result exists is skipped: an interrupted `extend`
 
 import dataclasses
 import importlib
+import math
 import os
 import pathlib
 import shlex
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Literal
 
 from pi_jax import cli, log
+from pi_jax.config import flatten, parse
 from pi_jax.convert.folders import read_json
 from pi_jax.convert.open import open_model
+from pi_jax.data import documents
+from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.errors import InputError
+from pi_jax.evaluate import passkey
+from pi_jax.evaluate.perplexity import command as perplexity
 from pi_jax.extend import stages, verdict
 from pi_jax.extend.stages import Stage, Variant
 from pi_jax.parallel.cluster import detect
@@ -75,8 +82,20 @@ class Extend:
             raise InputError("--data is empty: it needs at least one text file, folder or glob")
 
 
-class Journey:
-    """The stages for one set of options."""
+_FIXED = (
+    "rope",
+    "data.window",
+    "data.sources",
+    "train.output",
+    "train.steps",
+    "train.init_from",
+    "checkpoint.export_hf_every",
+)
+"""Settings of the fine-tuning that follow from the options, so that `train_options` must not change them."""
+
+
+class Extension:
+    """The stages for one set of options, and the models that they compare."""
 
     def __init__(self, options: Extend):
         """Opens the model.
@@ -86,19 +105,53 @@ class Journey:
         """
         self.options, self.output = options, pathlib.Path(options.output)
         self.window = stages.tokens(options.window)
-        self.base = open_model(options.model).config.max_position_embeddings
+        self.source = open_model(options.model)
+        self.base = self.source.config.max_position_embeddings
         if self.window <= self.base:
             raise InputError(
                 f"--window is {self.window}, but {options.model} has a window of {self.base}: choose a longer one"
             )
         self.factor = self.window / self.base
+        if int(self.base * self.factor) < self.window:  # rounded down
+            self.factor = math.nextafter(self.factor, math.inf)
+        try:
+            self.train_options = tuple(shlex.split(options.train_options))
+        except ValueError as error:
+            raise InputError(f"--train-options is {options.train_options!r}: {error}") from None
         self.heldout = {pathlib.Path(path).name.split(".")[0]: path for path in options.heldout}
         if len(self.heldout) < len(options.heldout):
             raise InputError(f"--heldout {' '.join(options.heldout)}: two paths have the same name")
 
+    def check(self) -> None:
+        """Checks everything that a later stage would reject; writes nothing.
+
+        Raises:
+          InputError: if text is missing or shorter than the window, the passkey prompt does not fit in the window, or
+            `train_options` changes a setting that follows from the other options.
+          SystemExit: with status 2, if `train_options` has an unknown field.
+        """
+        documents.find_files(self.options.data)
+        files, config = self.source.files, self.source.config
+        for path in self.heldout.values():
+            _, texts = perplexity.read_tokens([path], files, config.vocab_size, self.window)
+            perplexity.check_windows(texts, (self.base, self.window), self.stride)
+        passkey.require_room(load_tokenizer(files), [self.window], "--window")
+        with tempfile.TemporaryDirectory() as folder:
+            file = pathlib.Path(folder) / "config.py"
+            file.write_text(self.config())
+            config, base = parse(["--config", str(file), *self.train_options])
+        now, before = flatten(config), flatten(base)
+        if changed := [name for name in now if now[name] != before[name] and name.startswith(_FIXED)]:
+            raise InputError(f"--train-options changes {changed[0]}, which follows from the other options of extend")
+
+    @property
+    def stride(self) -> int:
+        """Tokens by which the windows of perplexity advance."""
+        return max(1, self.base // 4)
+
     def scaled(self, kind: str) -> tuple[str, ...]:
         """Options that scale the base model to the new window."""
-        return "--rope.kind", kind, "--rope.factor", f"{self.factor:g}"
+        return "--rope.kind", kind, "--rope.factor", f"{self.factor!r}"
 
     def before(self) -> list[Variant]:
         """The models that need no fine-tuning."""
@@ -133,7 +186,7 @@ class Journey:
         options, output = self.options, self.output
         words = ("--tokenizer", options.model, "--output", f"{output / 'tokens'}", "--window", f"{self.window}")
         yield Stage("Tokenize", ("prepare", "--input", *options.data, *words), output / "tokens" / "manifest.json")
-        config = ("--config", f"{output / 'config.py'}", *shlex.split(options.train_options))
+        config = ("--config", f"{output / 'config.py'}", *self.train_options)
         if options.topology:
             plan = output / "results" / "plan.json"
             words = ("plan", *config, "--topology", options.topology, "--output", f"{plan}")
@@ -155,7 +208,7 @@ class Journey:
         options = self.options
         for what, path in self.heldout.items():
             file = self.result(variant.name, what)
-            words = ("--data", path, "--windows", *map(str, variant.windows), "--stride", f"{max(1, self.base // 4)}")
+            words = ("--data", path, "--windows", *map(str, variant.windows), "--stride", f"{self.stride}")
             words += ("--max-tokens", f"{self.window}", "--output", f"{file}")
             command = ("evaluate", "perplexity", "--model", variant.path, *variant.rope, *words)
             yield Stage(f"Perplexity on {what}: {variant.label}", command, file)
@@ -198,8 +251,8 @@ def extend(options: Extend) -> None:
     Raises:
       InputError: if an option is invalid, or the output holds the results of other options.
     """
-    journey = Journey(options)
-    todo = list(journey.stages())
+    extension = Extension(options)
+    todo = list(extension.stages())
     if options.dry_run:
         print("\n".join(stage.shown for stage in todo))
         return
@@ -208,49 +261,54 @@ def extend(options: Extend) -> None:
         raise InputError(
             f"extend runs in one process, but was started in {cluster.processes}: run the commands of --dry-run"
         )
-    _claim(journey)
-    began, done = time.monotonic(), 0
+    extension.check()
+    _open_output(extension)
+    began = time.monotonic()
     for number, stage in enumerate(todo, 1):
         heading = f"[{number}/{len(todo)}] {stage.title}"
         if stage.product.exists():
             log.info(f"{heading}: done already")
             continue
-        done += 1
         spent = time.monotonic() - began
         log.info(f"\n{heading}  ({spent:.0f} s so far)\n$ {stage.shown}")
         _run(stage)
     log.info("")
-    verdict.write(journey)
+    verdict.write(extension)
     log.info(
-        f"\nFinished in {time.monotonic() - began:.0f} s.\n  report          {journey.output / 'report.html'}\n"
-        f"  model           {journey.output / 'hf'}\nTo go on:\n"
-        f"  python -m pi_jax generate --model {journey.output / 'hf'} --prompt 'Once upon a time'\n"
-        f"  python -m pi_jax evaluate ruler --model {journey.output / 'hf'} --lengths {journey.window}"
+        f"\nFinished in {time.monotonic() - began:.0f} s.\n  report          {extension.output / 'report.html'}\n"
+        f"  model           {extension.output / 'hf'}\nTo go on:\n"
+        f"  python -m pi_jax generate --model {extension.output / 'hf'} --prompt 'Once upon a time'\n"
+        f"  python -m pi_jax evaluate ruler --model {extension.output / 'hf'} --lengths {extension.window}"
     )
 
 
-def _claim(journey: Journey) -> None:
+def _open_output(extension: Extension) -> None:
     """Creates the output folder, with the experiment file and the options that it belongs to."""
-    record = journey.output / "extend.json"
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(journey.options).items()}
+    record = extension.output / "extend.json"
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(extension.options).items()}
     now = {k: v for k, v in now.items() if k not in ("dry_run", "output")}
     if record.exists():
         before = read_json(record)
         if changed := [k for k in now if before.get(k) != now[k]]:
             lines = ", ".join(f"{k}: {before.get(k)} -> {now[k]}" for k in changed)
             raise InputError(
-                f"{journey.output} holds the results of other options ({lines}): restore them, or choose another "
+                f"{extension.output} holds the results of other options ({lines}): restore them, or choose another "
                 "--output"
             )
         return
-    if journey.output.is_dir() and any(journey.output.iterdir()):
-        raise InputError(f"--output {journey.output} is not empty and was not made by extend: choose another folder")
+    if extension.output.is_dir() and any(extension.output.iterdir()):
+        raise InputError(f"--output {extension.output} is not empty and was not made by extend: choose another folder")
     cli.write_json(str(record), now)
-    with cli.new_file(journey.output / "config.py") as file:
-        file.write_text(journey.config())
+    with cli.new_file(extension.output / "config.py") as file:
+        file.write_text(extension.config())
 
 
 def _run(stage: Stage) -> None:
     command, *argv = stage.argv
     module = "pi_jax.prepare" if command == "prepare" else f"pi_jax.{command}.__main__"
-    importlib.import_module(module).main(argv)
+    try:
+        importlib.import_module(module).main(argv)
+    except SystemExit as stopped:
+        if stopped.code:  # a plan that does not fit writes its result, too
+            stage.product.unlink(missing_ok=True)
+        raise
