@@ -51,9 +51,11 @@ fact, which a statement above tells; other text."""
 Piece = tuple[str, int]
 
 HELD_OUT = "persuasion"
+"""Part of the file name of the novel that is not trained on."""
 CHARACTERS = 9000
 """Of a document for the extended window of 2,048 tokens, with some to spare."""
 FILLERS = (0, 1, 3, 4)
+"""Fillers of the written ledgers, in turn; see `Ledgers.pieces`."""
 
 
 def read(name: str) -> list[str]:

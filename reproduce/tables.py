@@ -23,6 +23,9 @@ from collections.abc import Iterator, Sequence
 
 import tyro
 
+from pi_jax import cli
+from pi_jax.errors import InputError
+
 WINDOWS = (2048, 4096, 8192, 16384, 32768)
 STEPS = (0, 200, 400, 600, 800, 1000, 10000)
 TASKS = ("boolq", "piqa", "race_middle", "race", "winogrande")
@@ -163,7 +166,12 @@ class Table:
 
     def __init__(self, options: Options):
         self.options, self.output = options, pathlib.Path(options.output)
+        if options.table not in TABLES:
+            raise InputError(f"table is {options.table}: it must be 1 to 6")
         self.rows = [row for row in TABLES[options.table] if row.name.startswith(options.only)]
+        if not self.rows:
+            names = ", ".join(row.name for row in TABLES[options.table])
+            raise InputError(f"--only is {options.only!r}: table {options.table} has {names}")
         if options.smoke:  # one row of each method shows every command
             self.rows = list({row.method: row for row in reversed(self.rows)}.values())
 
@@ -188,7 +196,7 @@ class Table:
 
             return (tiny_inputs()["heldout"],)
         if not self.options.text:
-            sys.exit(f"error: table {self.options.table} needs --text: the test documents")
+            raise InputError(f"table {self.options.table} needs --text: the test documents")
         return self.options.text
 
     def run(self, product: str, *words: object) -> None:
@@ -279,7 +287,7 @@ class Table:
         """Fine-tunes the extended model on GovReport for 10 epochs, on the summaries only, and scores its summaries."""
         run = f"{self.output}/{row.name}-govreport"
         if not self.options.govreport:
-            sys.exit("error: table 6 needs --govreport: a folder with train.jsonl and test.jsonl")
+            raise InputError("table 6 needs --govreport: a folder with train.jsonl and test.jsonl")
         data = pathlib.Path(self.options.govreport)
         store = self.output / "govreport"
         words = ["--text-field", "summary", "--prompt-field", "report", "--prompt-template", "summarize"]
@@ -344,10 +352,7 @@ def _number(value: float | str | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = tyro.cli(Options, args=argv)
-    if options.table not in TABLES:
-        sys.exit(f"error: table {options.table}: it must be 1 to 6")
-    Table(options).write()
+    cli.run(lambda: Table(tyro.cli(Options, args=argv)).write())
 
 
 if __name__ == "__main__":

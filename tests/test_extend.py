@@ -50,7 +50,7 @@ def extension(options):
     return Extension(options)
 
 
-def test_a_journey_leaves_a_model_results_and_a_page(extension):
+def test_extend_leaves_a_model_results_and_a_page(extension):
     for stage in extension.stages():
         assert stage.product.exists(), stage.title
     exported = json.loads((extension.output / "hf" / "config.json").read_text())
@@ -60,7 +60,7 @@ def test_a_journey_leaves_a_model_results_and_a_page(extension):
     direct = json.loads((extension.output / "direct" / "config.json").read_text())["config"]
     assert (direct["rope.kind"], direct["train.steps"]) == ("default", 4)
     direct = json.loads((extension.output / "direct" / "hf" / "step-4" / "config.json").read_text())
-    assert direct["max_position_embeddings"] == 512 and "rope_scaling" not in direct
+    assert direct["max_position_embeddings"] == 512 and direct["rope_scaling"] is None
     page = (extension.output / "report.html").read_text()
     assert "<title>model: 64 to 512 tokens</title>" in page
     assert not re.search(r"(src|href)=\"?https?:|url\((?!#)|@import|<script", page)  # opens without a network

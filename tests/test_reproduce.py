@@ -20,7 +20,10 @@ def test_a_dry_run_prints_the_commands(tmp_path):
     assert "- / 8,192" in done.stdout and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("words", "message"), [(["7"], "must be 1 to 6"), (["1"], "needs --text")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["7"], "must be 1 to 6"), (["1"], "needs --text"), (["4", "--only", "8B"], "table 4 has 7B-8192-FT")],
+)
 def test_bad_options_are_one_sentence(words, message):
     done = make(*words)
-    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

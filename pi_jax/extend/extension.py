@@ -82,15 +82,7 @@ class Extend:
             raise InputError("--data is empty: it needs at least one text file, folder or glob")
 
 
-_FIXED = (
-    "rope",
-    "data.window",
-    "data.sources",
-    "train.output",
-    "train.steps",
-    "train.init_from",
-    "checkpoint.export_hf_every",
-)
+_FIXED = ("rope.", "data.window", "data.sources", "train.", "checkpoint.export_hf_every")
 """Settings of the fine-tuning that follow from the options, so that `train_options` must not change them."""
 
 

@@ -194,8 +194,8 @@ def write(extension: "Extension") -> list[Claim]:
     )
     checked = Claims([(c.claim, f"here: {c.here}; paper: {c.paper}", c.holds) for c in claims])
     lead = (
-        f"{held} of {len(claims)} claims hold: {extension.options.model}, from {extension.base:,} to {extension.window:,} "
-        f"tokens by Position Interpolation, {extension.options.steps} steps of fine-tuning."
+        f"{held} of {len(claims)} claims hold: {extension.options.model}, from {extension.base:,} to "
+        f"{extension.window:,} tokens by Position Interpolation, {extension.options.steps} steps of fine-tuning."
     )
     first = Section("Verdict", [checked, *findings.charts(), overview, steps], _ABOUT, lead)
     inputs = [
