@@ -134,7 +134,9 @@ class Ledgers:
             else:
                 fact = facts[rng.integers(len(facts))] if rng.random() < 0.8 else facts[0]
                 form = self._form(rng, RECALLS)
-            if written and rng.random() < 0.15:
+            if not written and form.startswith("{value}"):  # every value follows a blank, so it has the same tokens
+                form = STATEMENTS[0]
+            if written and not form.startswith("{value}") and rng.random() < 0.15:
                 yield "\n", PLAIN
                 space = ""
             yield from self._fill(form, fact, space, new)
@@ -159,12 +161,12 @@ class Ledgers:
     def _value(self, rng: np.random.Generator, kind: int | None) -> str:
         kind = int(rng.choice(3, p=(0.6, 0.2, 0.2))) if kind is None else kind
         if kind == 0:
-            return str(rng.integers(10_000, 100_000) if rng.random() < 0.8 else rng.integers(100_000, 1_000_000))
+            return str(rng.integers(10_000, 100_000))
         return str(rng.integers(100, 1000)) if kind == 1 else self._words[rng.integers(len(self._words))]
 
     @staticmethod
     def _fill(form: str, fact: tuple[str, str], space: str, new: bool) -> Iterator[Piece]:
-        """The pieces of a sentence: a blank belongs to the word after it, and to nothing before a number."""
+        """The pieces of a sentence: a blank belongs to what follows it."""
         key_known = False
         for part in re.findall(r" ?\{\w+\}| ?[^{ ]+(?: [^{ ]+)*", space + form):
             text = part.format(key=fact[0], value=fact[1])
@@ -174,9 +176,6 @@ class Ledgers:
             elif "{value}" in part:
                 kind = VALUE if new else ANSWER if key_known else PLAIN
                 new = False  # said again in the same sentence
-                if fact[1][0].isdigit() and text[0] == " ":
-                    yield " ", kind  # whether a number follows is a part of the answer
-                    text = text[1:]
             yield text, kind
 
     def text(self, rng: np.random.Generator, length: int, filler: int | None = None) -> str:
