@@ -70,7 +70,7 @@ def test_the_weights_are_those_of_the_card():
 def test_the_base_model_retrieves_inside_its_window():
     model = LoadedModel.open(str(DEMO / "base"))
     found = passkey.measure_distances(model.generator(256), model.tokenizer, 256, 6, 3, 1, BATCH_TOKENS)
-    assert found["success"] > 0.5 and found["k_max"] >= 200
+    assert found["success"] > 0.95 and found["k_max"] >= 230
 
 
 @pytest.mark.slow
@@ -81,12 +81,14 @@ def test_pretraining_runs(text, novels):
 
     pretrain = _load("pretrain")
     tokenizer = pretrain.make_tokenizer(novels[:1])
-    assert [len(tokenizer.encode(f"{n}").ids) for n in (7, 123, 482134)] == [1, 1, 2]
+    assert [len(tokenizer.encode(f" {n}").ids) for n in (123, 48213)] == [1, 2]
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=pretrain.VOCABULARY, tie_word_embeddings=True, **sizes))
     lines = []
     stages = [(window, 8, 100, *rest) for window, _, _, *rest in pretrain.STAGES]
-    pretrain.train(model, pretrain.Batches(novels, tokenizer, 0), stages, lines.append)
+    kept = []
+    pretrain.train(model, pretrain.Batches(novels, tokenizer, 0), lambda: kept.append(1), stages, lines.append)
+    assert len(kept) == 3
     losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines]
     assert len(losses) == 3 and all(0 < loss < 9 for loss in losses) and "answers" in lines[1]
