@@ -13,11 +13,11 @@ SEED ?= 0
 
 demo: .venv/installed           ## the paper in miniature: 256 to 2,048 tokens, some minutes on two cores
 	$(BIN)/python -m pi_jax extend --model demo/base --output runs/demo --window 2048 \
-	    --data demo/text/ledgers.jsonl.gz demo/text/novels/emma.jsonl.gz \
+	    --data demo/text/ledgers.jsonl.gz \
 	    --heldout demo/text/heldout/prose.jsonl.gz demo/text/heldout/ledger.jsonl.gz \
-	    --steps 60 --batch-size 4 --learning-rate 2e-3 --warmup-steps 5 --seed $(SEED) --compare direct yarn \
+	    --steps 300 --batch-size 2 --learning-rate 7e-4 --warmup-steps 10 --seed $(SEED) --compare direct yarn \
 	    --passkey-distances 16 --passkey-trials 3 \
-	    --train-options='--compute.dtype float32 --compute.remat none --optimizer.schedule cosine'
+	    --train-options='--compute.dtype float32 --compute.remat none --optimizer.schedule cosine --optimizer.b2 0.99'
 
 test: .venv/installed           ## the test suite, some minutes on two cores
 	$(BIN)/python -m pytest
