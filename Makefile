@@ -13,17 +13,17 @@ SEED ?= 0
 
 demo: .venv/installed           ## the paper in miniature: 256 to 2,048 tokens, some minutes on two cores
 	$(BIN)/python -m pi_jax extend --model demo/base --output runs/demo --window 2048 \
-	    --data demo/text/ledgers.jsonl.gz \
+	    --data demo/text/ledgers.jsonl.gz demo/text/novels/emma.jsonl.gz \
 	    --heldout demo/text/heldout/prose.jsonl.gz demo/text/heldout/ledger.jsonl.gz \
-	    --steps 300 --batch-size 2 --learning-rate 7e-4 --warmup-steps 10 --seed $(SEED) --compare direct yarn \
-	    --passkey-distances 16 --passkey-trials 3 \
+	    --steps 180 --batch-size 2 --learning-rate 7e-4 --warmup-steps 10 --seed $(SEED) --compare direct yarn \
+	    --passkey-distances 8 --passkey-trials 5 \
 	    --train-options='--compute.dtype float32 --compute.remat none --optimizer.schedule cosine --optimizer.b2 0.99'
 
 test: .venv/installed           ## the test suite, some minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/installed      ## what takes longer: memory at 32k tokens, attention at more sizes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-compiled:                  ## compiles kernels and train steps for A100, H100 and TPUs, without the hardware
 	test -x build/compilers/bin/python || $(PYTHON) -m venv build/compilers

@@ -176,16 +176,20 @@ def test_claims_follow_the_numbers(extension, monkeypatch):
     def given(perplexities, keys):
         def entry(_, variant, text, window):
             value = perplexities[variant.name, window]
-            return {"perplexity": value, "by_position": [{"perplexity": perplexities.get("last", value)}]}
+            end = perplexities.get((variant.name, "end"), value)
+            parts = [{"from": 0, "perplexity": end / 2}, {"from": 256, "perplexity": end}]
+            return {"perplexity": value, "by_position": parts}
 
         monkeypatch.setattr(verdict.Findings, "perplexity", entry)
-        monkeypatch.setattr(verdict.Findings, "passkey", lambda _, v: {"k_max": keys[v.name], "success": 0.0})
+        monkeypatch.setattr(
+            verdict.Findings, "passkey", lambda _, v: {"k_max": keys[v.name], "success": keys[v.name] / 512}
+        )
         return [claim.holds for claim in verdict.Findings(extension).claims()]
 
     table = {("base", 64): 7.2, ("base", 512): 1500.0, ("untuned", 512): 16.1, ("tuned-4", 512): 6.95}
     keys = {"tuned-2": 512, "tuned-4": 512, "direct-4": 128}
     assert given(table, keys) == [True] * 5
-    assert given(table | {("base", 512): 8.0}, keys) == [False, True, True, True, True]
-    assert given(table | {"last": 40.0}, keys) == [True, False, True, True, True]
+    assert given(table | {("base", "end"): 8.0}, keys) == [False, True, True, True, True]
+    assert given(table | {("untuned", "end"): 40.0}, keys) == [True, False, True, True, True]
     assert given(table | {("tuned-4", 512): 7.3}, keys | {"tuned-4": 256}) == [True, True, False, False, True]
-    assert given(table, keys | {"direct-4": 512})[-1] is False
+    assert given(table, keys | {"tuned-4": 128})[-1] is False

@@ -43,7 +43,7 @@ class Claim:
 
 
 class Findings:
-    """The results of a extension."""
+    """The results of an extension."""
 
     def __init__(self, extension: "Extension"):
         self.extension = extension
@@ -75,49 +75,52 @@ class Findings:
             def each(check, *values: list[float]) -> bool:
                 return all(check(*numbers) for numbers in zip(*values, strict=True))
 
-            inside, beyond = of(base, extension.base), of(base, window)
-            plain, last = of(untuned, window), of(tuned[-1], window)
-            far = [self.perplexity(untuned, text, window)["by_position"][-1]["perplexity"] for text in texts]
+            def at_the_end(variant: Variant) -> list[float]:
+                return [self.perplexity(variant, text, window)["by_position"][-1]["perplexity"] for text in texts]
+
+            inside, plain, far = of(base, extension.base), of(untuned, window), at_the_end(untuned)
+            first = self.perplexity(base, texts[0], window)["by_position"][-1]["from"]
             found = [
                 Claim(
                     "The base model fails beyond its window",
-                    f"{shown(beyond)}; inside it " + ", ".join(map(_number, inside)),
+                    f"{shown(at_the_end(base))} from token {first:,} on; inside its window "
+                    + ", ".join(map(_number, inside)),
                     "above 1,000 (over 140 x); inside it 7.20",
-                    each(lambda b, i: b > 2 * i, beyond, inside),
+                    each(lambda b, i: b > 2 * i, at_the_end(base), inside),
                 ),
                 Claim(
                     "Interpolation alone is worse than the base model inside its window, but stays finite to the end",
-                    f"{shown(plain)}; in the last part " + ", ".join(map(_number, far)),
+                    f"{shown(plain)}; from token {first:,} on " + ", ".join(map(_number, far)),
                     "16.10 (2.24 x)",
                     each(lambda p, i, f: math.isfinite(p) and i < p and f < 1.25 * p, plain, inside, far),
                 ),
-                Claim(
-                    f"{extension.options.steps} steps of fine-tuning recover it: the longer window is used",
-                    shown(last),
-                    "7.12 (0.99 x) after 200 steps, 6.95 (0.97 x) after 1,000",
-                    each(lambda x, i: x <= i, last, inside),
-                ),
             ]
-        reached = max(self.passkey(v)["k_max"] for v in tuned)
-        first = next((v.step for v in tuned if self.passkey(v)["k_max"] == window), None)
-        when = f"after {first} steps" if first else f"at most, after up to {extension.options.steps} steps"
+            found += [
+                Claim(
+                    f"{extension.options.steps} steps of fine-tuning recover it, and the longer window is used: {text}",
+                    f"perplexity {_number(x)} ({_times(x / i)})",
+                    "7.12 (0.99 x) after 200 steps, 6.95 (0.97 x) after 1,000",
+                    x <= i,
+                )
+                for text, x, i in zip(texts, of(tuned[-1], window), inside, strict=True)
+            ]
+        last = self.passkey(tuned[-1])
         found.append(
             Claim(
                 "The interpolated model finds a passkey anywhere in the new window",
-                f"k_max {reached:,} of {window:,} {when}",
+                f"k_max {last['k_max']:,} of {window:,}, {last['success']:.0%} of all passkeys found",
                 "8,192 of 8,192 after 200 steps",
-                self.passkey(tuned[-1])["k_max"] == window,
+                last["k_max"] == window,
             )
         )
         if "direct" in extension.runs:
-            direct = extension.tuned("direct", "direct")[-1]
-            k_max = self.passkey(direct)["k_max"]
+            direct = self.passkey(extension.tuned("direct", "direct")[-1])
             found.append(
                 Claim(
-                    "Fine-tuning without interpolation does not reach that",
-                    f"k_max {k_max:,} after {extension.options.steps} steps",
-                    "1,792 after 200 steps, 2,560 after 10,000",
-                    k_max < self.passkey(tuned[-1])["k_max"],
+                    "Fine-tuned for as long without interpolation, the model finds it at short distances only",
+                    f"k_max {direct['k_max']:,}, {direct['success']:.0%} of all passkeys found",
+                    "k_max 1,792 after 200 steps, 2,560 after 10,000",
+                    direct["k_max"] < last["k_max"] and direct["success"] < last["success"],
                 )
             )
         return found
@@ -141,7 +144,7 @@ class Findings:
         extension, window = self.extension, self.extension.window
         before = extension.before()
         last = [extension.tuned(run, label)[-1] for run, label in extension.runs.items()]
-        heads = ["model", "window", *(f"perplexity, {text}" for text in extension.heldout), "k_max"]
+        heads = ["model", "window", *(f"perplexity, {text}" for text in extension.heldout), "k_max", "found"]
         texts = list(extension.heldout)
         rows = [
             [
@@ -149,12 +152,15 @@ class Findings:
                 extension.base,
                 *(float(self.perplexity(before[0], t, extension.base)["perplexity"]) for t in texts),
                 None,
+                None,
             ]
         ]
         for variant in [*before, *last]:
             numbers = [float(self.perplexity(variant, t, window)["perplexity"]) for t in texts]
-            rows.append([variant.label, window, *numbers, self.passkey(variant)["k_max"]])
-        return Table(heads, rows, "Perplexity (lower is better) and k_max, the effective window in tokens (higher)")
+            key = self.passkey(variant)
+            rows.append([variant.label, window, *numbers, key["k_max"], f"{key['success']:.0%}"])
+        caption = "Perplexity (lower is better), k_max (the effective window in tokens) and passkeys found (higher)"
+        return Table(heads, rows, caption)
 
     def charts(self) -> list[Figure]:
         """Perplexity by position, and how often the passkey is found."""
