@@ -13,8 +13,9 @@ A model this small learns to look things up only if it is taught in this order:
 3. mostly novels and ledgers: language.
 
 Numbers are split into groups of up to three digits, as in Llama 3, and the blank before a number belongs to its first
-group: with a token for the blank alone, "a number follows" would be a decision apart from "which". theta is 1,250: the window of 256 is the same part
-of it as LLaMA's 2,048 of 10,000, so the slowest wavelengths are as unfinished within the window as in LLaMA.
+group: with a token for the blank alone, "a number follows" would be a decision apart from "which". theta is 1,250: 256
+is about the same part of it as LLaMA's window of 2,048 is of 10,000, so the slowest wavelengths are as unfinished
+within the window as in LLaMA.
 """
 
 import argparse

@@ -209,7 +209,7 @@ class Table:
             sys.exit(status)
 
     def train(self, row: Row) -> None:
-        """Trains the run of a row, with the evaluations of Tables 3 and 4 on the way."""
+        """Trains the run of a row, which the tables share: passkey (Table 4) and PG-19 (Table 3) on the way."""
         if row.method == BASE:
             return
         smoke = (
@@ -217,15 +217,11 @@ class Table:
             if self.options.smoke
             else ("--train.init-from", f"{self.options.models}/llama-{row.size.lower()}")
         )
-        every = 2 if self.options.smoke else 200
-        words = ["--train.output", self.path(row), "--evaluate.every", every]
         window = self.tokens(row.window)
-        if self.options.table in (1, 2, 3):
-            words += ["--evaluate.data", *self.text(), "--evaluate.windows", window, "--evaluate.stride", self.stride]
-        if self.options.table == 4:
-            words += ["--evaluate.data", "--evaluate.passkey-lengths", 512 if self.options.smoke else window]
-        if self.options.table in (5, 6):
-            words = words[:2]
+        words = ["--train.output", self.path(row), "--evaluate.every", 2 if self.options.smoke else 200]
+        words += ["--evaluate.passkey-lengths", 512 if self.options.smoke else window, "--evaluate.data"]
+        if self.options.table in (1, 3):
+            words += [*self.text(), "--evaluate.windows", window, "--evaluate.stride", self.stride]
         self.run(f"{self.path(row)}/result.json", "train", "--config", row.config, *smoke, *words)
 
     @property
@@ -266,6 +262,11 @@ class Table:
         log = pathlib.Path(self.path(row)) / "metrics.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         found = {line["step"]: line[name] for line in lines if name in line}
+        if lines and not found:
+            raise InputError(
+                f"{log} has no {name}: the run was trained for a table that does not need it. Train it again for this "
+                "table in another --output"
+            )
         if self.options.smoke:
             found = dict(zip(STEPS, found.values(), strict=False))
         for step in STEPS:
@@ -299,15 +300,8 @@ class Table:
         )
         steps = 4 if self.options.smoke else 1364  # 10 epochs of 17,457 documents, 128 at a time
         words = ["--rope.kind", "default", "--rope.factor", 1, "--data.sources", store, "--data.packing", "document"]
-        words += [
-            "--data.mask-prompts",
-            True,
-            "--data.require-long-documents",
-            False,
-            "--train.init-from",
-            self.path(row),
-        ]
-        words += ["--train.steps", steps, "--train.output", run]
+        words += ["--data.mask-prompts", True, "--data.require-long-documents", False]
+        words += ["--train.init-from", self.path(row), "--train.steps", steps, "--train.output", run]
         smoke = ("--smoke",) if self.options.smoke else ()
         self.run(f"{run}/result.json", "train", "--config", row.config, *smoke, *words)
         file = self.output / "results" / f"{row.name}-table6.json"
