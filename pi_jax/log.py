@@ -1,5 +1,6 @@
 """Console output of a command, from process 0 only."""
 
+import functools
 import sys
 
 import jax
@@ -16,6 +17,13 @@ def warn(message: str) -> None:
     """Prints a warning on stderr."""
     if jax.process_index() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def note(message: str) -> None:
+    """Prints a note on stderr, such as how an ambiguous file was read; a repetition is not printed."""
+    if jax.process_index() == 0:
+        print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def progress(total: int, what: str, unit: str, disable: bool = False) -> tqdm:

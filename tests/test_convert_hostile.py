@@ -439,10 +439,10 @@ def test_a_scaling_lost_on_the_way_is_found_by_the_logits(models, tmp_path):
     _edit(tmp_path / "long" / "config.json", rope_scaling={"rope_type": "linear", "factor": 4.0}, **window)
     source = open_model(str(tmp_path / "long"))
     assert source.config.rope == Linear(10000.0, 4.0)
-    assert "beyond it to 255" in logits.compare(source.reader(), source.config, tmp_path / "long")
+    assert "beyond it to 255" in logits.compare(source.config, [(source.reader(), tmp_path / "long")])
     _edit(tmp_path / "long" / "config.json", rope_scaling=None)
     with pytest.raises(InputError, match="the logits of transformers and pi_jax differ"):
-        logits.compare(source.reader(), source.config, tmp_path / "long")
+        logits.compare(source.config, [(source.reader(), tmp_path / "long")])
 
 
 def test_a_value_too_large_for_float16_is_refused(refused):

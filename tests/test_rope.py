@@ -357,7 +357,7 @@ def test_longrope_needs_a_factor_for_each_pair():
 def test_extension_survives_config_json(kind, tmp_path):
     base = tiny_model_config()
     longer = extend(base, RopeConfig(kind, 4.0))
-    assert (longer.max_position_embeddings, longer.original_window) == (256, 64)
+    assert (longer.max_position_embeddings, longer.original_window)[:2] == (256, 64)
     (tmp_path / "config.json").write_text(json.dumps(hf.config_dict(longer, "float32")))
     assert hf.read_config(str(tmp_path)) == longer
     with pytest.raises(InputError, match=r"already scaled.*rope\.stacking"):
@@ -386,10 +386,10 @@ def test_stacking_multiplies_only_when_asked():
 @pytest.mark.parametrize("window, other", [(256, 64), (64, 256)])
 def test_either_window_may_be_the_longer_one(window, other):
     config = {"max_position_embeddings": window, "max_sequence_length": other}
-    assert rope.window_from_hf(config, rope.Linear(10000.0, 4.0)) == (256, 64)
+    assert rope.window_from_hf(config, rope.Linear(10000.0, 4.0))[:2] == (256, 64)
 
 
 def test_yarn_with_its_original_window_only():
     section = _section("yarn", 64, factor=4.0, original=64)
     config = {"rope_parameters": section, "max_position_embeddings": 64}
-    assert rope.window_from_hf(config, rope.from_hf(config)) == (256, 64)
+    assert rope.window_from_hf(config, rope.from_hf(config))[:2] == (256, 64)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from etils import epath
@@ -46,10 +46,14 @@ class Convert:
     tokenizer: str = ""
     """Folder with the tokenizer; default: the source. Set it if the source has no tokenizer that transformers can
     load, such as Meta's own folders."""
+    max_position_embeddings: int = 0
+    """Window of the source in tokens, if its files do not state it or are wrong; 0 trusts them (docs/convert.md)."""
+    eos: tuple[int, ...] = ()
+    """Tokens that end a text, if the files of the source do not state all of them, such as a Meta folder's."""
     shard_gb: float = hf.SHARD_BYTES / 1e9
     """Maximum size of a safetensors file, in GB."""
     meta: MetaOptions = MetaOptions()
-    """Options for a source or target in Meta's format."""
+    """Options for a target in Meta's format."""
 
 
 def convert(args: Convert, quiet: bool = False) -> None:
@@ -61,7 +65,9 @@ def convert(args: Convert, quiet: bool = False) -> None:
         raise InputError(f"--tokenizer {args.tokenizer} contains neither tokenizer.json nor tokenizer_config.json")
     if args.shard_gb <= 0:
         raise InputError(f"--shard-gb is {args.shard_gb}: it must be positive")
-    source = open_model(args.source, args.rope, args.meta.window)
+    if args.max_position_embeddings < 0:
+        raise InputError(f"--max-position-embeddings is {args.max_position_embeddings}: it must be positive")
+    source = _open(args)
     config, files = source.config, args.tokenizer or source.files
     started = time.monotonic()
     weights = source.reader(args.step)
@@ -75,7 +81,7 @@ def convert(args: Convert, quiet: bool = False) -> None:
             meta.write(reader, config, folder, args.meta, files, args.verify, quiet)
         else:
             native.write(reader, config, folder, files, args.verify, quiet)
-        compared = _compare_logits(args, source, reader, folder) if args.verify else "not compared (--no-verify)"
+        compared = _compare_logits(args, source, weights, folder) if args.verify else "not compared (--no-verify)"
     size = sum(math.prod(tensor.shape) * reader.dtypes[tensor.name].itemsize for tensor in reader.order)
     print(
         f"{args.target}: {config.num_parameters():,} parameters, {pipeline.main_dtype(reader.dtypes)}, {config.rope}, "
@@ -86,26 +92,25 @@ def convert(args: Convert, quiet: bool = False) -> None:
         print(f"note: {note}")
 
 
-def _compare_logits(args: Convert, source: Source, reader: pipeline.Reader, folder: epath.Path) -> str:
-    """Compares pi_jax's logits with those of transformers if the source or the target is a Hugging Face folder."""
+def _open(args: Convert, rope: RopeConfig | None = None) -> Source:
+    return open_model(args.source, args.rope if rope is None else rope, args.max_position_embeddings, args.eos)
+
+
+def _compare_logits(args: Convert, source: Source, weights: pipeline.Reader, folder: epath.Path) -> str:
+    """Compares pi_jax's logits with what transformers makes of the source and of the target, each by itself."""
+    pairs: list[tuple[pipeline.Reader, Any]] = []
+    if source.kind == "hf" and _open(args, RopeConfig()).config.rope == source.config.rope:
+        pairs.append((weights, args.source))
     if args.format == "hf":
-        told = logits.compare(reader, source.config, folder)
-    elif source.kind == "hf" and open_model(args.source).config == source.config:
-        target = dataclasses.replace(open_model(str(folder)), config=source.config)
-        told = logits.compare(target.reader(), source.config, args.source)
-    else:
-        return "every tensor compared"
-    return f"every tensor compared, {told}"
+        pairs.append((pipeline.Cast(weights, args.dtype), folder))
+    elif pairs and args.dtype == "same":
+        pairs.append((dataclasses.replace(open_model(str(folder)), config=source.config).reader(), args.source))
+    return f"every tensor compared, {logits.compare(source.config, pairs)}" if pairs else "every tensor compared"
 
 
 def _notes(args: Convert, source: Source) -> Iterator[str]:
     config = source.config
     folder = epath.Path(args.target) / (native.MODEL if args.format == "orbax" else "")
-    if source.kind == "meta" and not args.meta.window and not (epath.Path(args.source) / meta.SIDECAR).is_file():
-        yield (
-            f"params.json does not state the window: {config.original_window} is assumed by the rules in "
-            "docs/convert.md; override it with --meta.window"
-        )
     if args.format == "meta" and config.rope.kind not in ("default", "llama3"):
         yield (
             f"Meta's own code does not support {config.rope.kind!r} scaling and reads this model as unscaled; pi_jax "

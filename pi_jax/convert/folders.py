@@ -36,7 +36,7 @@ def read_json(path: Any) -> dict[str, Any]:
         value = json.loads(epath.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number too long
         raise InputError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} contains a {type(value).__name__}: it must contain a JSON object")

@@ -107,7 +107,21 @@ def _tuning(facts: Facts) -> str:
 
 
 def _serving(config: ModelConfig) -> list[str]:
-    window = config.max_position_embeddings
+    window, original = config.max_position_embeddings, config.original_window
+    if config.rope.kind == "dynamic":
+        return [
+            "## Serving",
+            "",
+            f"Beyond {original:,} tokens, use transformers only:",
+            "",
+            "    # transformers 4 or 5; replace MODEL with the path of this folder",
+            '    model = transformers.AutoModelForCausalLM.from_pretrained("MODEL")',
+            "",
+            "The frequencies of dynamic scaling depend on the length of the text. llama.cpp ignores this scaling, vLLM "
+            f"has rotations for the first {original:,} positions only, and SGLang uses the frequencies of the full "
+            f"window at every length. Up to {original:,} tokens the model is not scaled, and llama.cpp and vLLM serve "
+            "it as it is. To serve a longer window, extend the model with linear or yarn scaling.",
+        ]
     return [
         "## Serving at the full window",
         "",

@@ -5,6 +5,7 @@ format) and `model/` (config.json in Hugging Face's format, tokenizer files), so
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -93,13 +94,15 @@ class Source:
         return model_card.Facts(base=epath.Path(self.path).name)
 
 
-def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0) -> Source:
+def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0, eos: Sequence[int] = ()) -> Source:
     """Detects the format of a model folder and reads its config.
 
     Args:
       path: Hugging Face folder, Meta folder or run folder.
       rope: scaling to apply to a model that has none.
-      window: trained window of a Meta folder, in tokens; 0 applies the rules in `pi_jax.convert.formats.meta`.
+      window: window of a Hugging Face or Meta folder in tokens, if its files do not state it or are wrong; 0 trusts
+        them and, for a Meta folder, applies the rules in `pi_jax.convert.formats.meta`.
+      eos: tokens that end a text, if the files do not state all of them.
 
     Raises:
       InputError: if the folder is none of these, or its model is not supported.
@@ -108,12 +111,16 @@ def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0) -> S
     if not folder.is_dir():
         raise no_folder(path)
     if (folder / RUN_MODEL / "config.json").is_file():
-        return Source(path, "run", extend(hf.read_config(str(folder / RUN_MODEL)), rope))
-    if (folder / "config.json").is_file():
-        return Source(path, "hf", extend(hf.read_config(path), rope))
-    if meta.is_folder(folder):
-        return Source(path, "meta", extend(meta.Folder(path).config(window), rope))
-    raise InputError(
-        f"{path} is not a model folder: it must contain config.json (Hugging Face), params.json (Meta) or "
-        f"{RUN_MODEL}/ (pi_jax run)"
-    )
+        kind, config = "run", hf.read_config(str(folder / RUN_MODEL))
+    elif (folder / "config.json").is_file():
+        kind, config = "hf", hf.open_config(path, window)
+    elif meta.is_folder(folder):
+        kind, config = "meta", meta.Folder(path).config(window, eos)
+    else:
+        raise InputError(
+            f"{path} is not a model folder: it must contain config.json (Hugging Face), params.json (Meta) or "
+            f"{RUN_MODEL}/ (pi_jax run)"
+        )
+    if eos:
+        config = dataclasses.replace(config, eos_token_id=eos[0] if len(eos) == 1 else tuple(eos))
+    return Source(path, kind, extend(config, rope))

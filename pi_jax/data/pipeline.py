@@ -124,9 +124,9 @@ class Pipeline:
         return self.stores[0].tokenizer_dir
 
     @property
-    def vocab_size(self) -> int:
-        """Largest token id + 1."""
-        return self.stores[0].tokenizer.vocab_size
+    def largest_token(self) -> int:
+        """Largest token id in the text."""
+        return max(store.largest_token for store in self.stores)
 
     @property
     def vocab_hash(self) -> str:

@@ -90,6 +90,7 @@ class TokenStoreWriter:
         self._facts, self._overwrite, self._chunk = dict(facts or {}), overwrite, chunk_tokens
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self._buffer, self._filled, self._written = np.empty(shard_tokens, dtype), 0, 0
+        self._largest = 0
         self._offsets, self._prompts, self._digest = array.array("q", [0]), array.array("q"), hashlib.sha256()
 
     def __enter__(self) -> "TokenStoreWriter":
@@ -123,6 +124,7 @@ class TokenStoreWriter:
             )
         if not 0 <= prompt < len(tokens):
             raise ValueError(f"the prompt has {prompt} tokens: it must be shorter than the document, {len(tokens)}")
+        self._largest = max(self._largest, int(tokens.max()))
         self._offsets.append(self._offsets[-1] + len(tokens))
         self._prompts.append(prompt)
         while len(tokens):
@@ -174,6 +176,7 @@ class TokenStoreWriter:
             "created_by": f"pi_jax {__version__}",
             "documents": len(offsets) - 1,
             "tokens": self._written,
+            "largest_token": self._largest,
             "tokenizer": dataclasses.asdict(self._tokenizer),
             **self._facts,
             "length_histogram": length_histogram(np.diff(offsets)),
@@ -301,6 +304,11 @@ class TokenStore:
     def tokenizer(self) -> TokenizerInfo:
         """Identity of the tokenizer that produced the tokens."""
         return TokenizerInfo(**self.manifest["tokenizer"])
+
+    @property
+    def largest_token(self) -> int:
+        """Largest token id in the store; in a store of an older version, that of the tokenizer."""
+        return self.manifest.get("largest_token", self.tokenizer.vocab_size - 1)
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " stop-start"]:
         """Reads tokens start:stop of the concatenated documents, int32.

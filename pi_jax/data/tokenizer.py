@@ -2,15 +2,18 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
+import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 
-from pi_jax.errors import InputError, no_folder
+from pi_jax.errors import InputError, no_folder, some
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,6 +32,8 @@ TOKENIZER_FILES = (
 def load_tokenizer(folder: str) -> Any:
     """Loads the fast tokenizer of a local Hugging Face folder without downloading files or running code from it.
 
+    The tokenizer prepends what the folder says it prepends, but never appends anything: it encodes prompts.
+
     Raises:
       InputError: if the folder does not exist or contains no tokenizer that transformers can load as a fast one.
     """
@@ -36,15 +41,118 @@ def load_tokenizer(folder: str) -> Any:
 
     if not os.path.isdir(folder):
         raise no_folder(folder)
+    _check_files(pathlib.Path(folder))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # invalid files make transformers and tokenizers raise many types of exception
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
+        if "untagged enum" in reason:  # what tokenizers says of a file that is newer than itself
+            reason = f"tokenizers {tokenizers.__version__} cannot read its tokenizer.json, which may be newer"
         raise InputError(f"tokenizer {folder} cannot be loaded: {reason}") from None
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {folder} is a {type(tokenizer).__name__}: the folder must have a tokenizer.json")
     tokenizer.model_max_length = 1 << 40  # it says nothing of the window once RoPE is scaled, but makes encoding warn
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json can enable truncation and padding
+    backend.no_padding()
+    _append_nothing(backend)
     return tokenizer
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """Rejects the folders for which transformers gives a misleading reason, asks a question or guesses a class."""
+    complete, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
+    for file in (complete, sentencepiece):
+        if file.is_file() and is_lfs_pointer(file):
+            raise InputError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+    settings = _settings(folder / "tokenizer_config.json")
+    if "AutoTokenizer" in (settings.get("auto_map") or {}):
+        raise InputError(
+            f"{folder}/tokenizer_config.json names Python code of its own (auto_map), which is never run: use a folder "
+            "whose tokenizer is a class of transformers"
+        )
+    if empty := [name for name in ("bos_token", "eos_token", "unk_token") if settings.get(name) == ""]:
+        raise InputError(
+            f"{folder}/tokenizer_config.json has an empty {some(empty)}: name the token, such as '<s>' for bos_token, "
+            "'</s>' for eos_token and '<unk>' for unk_token of LLaMA"
+        )
+    if complete.is_file() or not sentencepiece.is_file():
+        return
+    if not sentencepiece.read_bytes()[:64].startswith(b"\n"):  # protocol buffers begin with a field number
+        raise InputError(
+            f"{sentencepiece} is not a sentencepiece model: if it is Meta's file of Llama 3, use the tokenizer.json of "
+            "the model's Hugging Face folder"
+        )
+    if not settings.get("tokenizer_class"):
+        raise InputError(
+            f"{folder} has a tokenizer.model, but neither tokenizer.json nor a tokenizer_config.json with its "
+            'tokenizer_class, which decides how spaces are read: add {"tokenizer_class": "LlamaTokenizer", "legacy": '
+            "...} as the model's Hugging Face folder has it"
+        )
+    if missing := [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]:
+        packages = " ".join(name.replace("google.", "") for name in missing)
+        raise InputError(
+            f"{folder} has a tokenizer.model and no tokenizer.json: install what reads it, pip install {packages}"
+        )
+
+
+def is_lfs_pointer(file: pathlib.Path) -> bool:
+    """Whether a file is what Git leaves in place of a large file that was not downloaded."""
+    with file.open("rb") as opened:
+        return opened.read(64).startswith(b"version https://git-lfs")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _settings(file: pathlib.Path) -> dict[str, Any]:
+    """A tokenizer_config.json; empty if there is none, or if transformers is to say what is wrong with it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _append_nothing(backend: Any) -> None:
+    """Makes a tokenizer that appends EOS to each text stop doing so; what it prepends stays."""
+    probe = "a"
+    own, whole = backend.encode(probe, add_special_tokens=False).ids, backend.encode(probe).ids
+    before = next((i for i in range(len(whole) - len(own) + 1) if whole[i : i + len(own)] == own), None)
+    if before is None or before + len(own) == len(whole):
+        return
+    tokens = [(backend.id_to_token(i), i) for i in whole[:before]]
+    single = [*(token for token, _ in tokens), "$A"]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single, pair=[*single, "$B"], special_tokens=tokens
+    )
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Returns the token ids of a prompt: with BOS if the tokenizer prepends it and the text does not begin with it."""
+    backend = tokenizer.backend_tokenizer
+    own = backend.encode(text, add_special_tokens=False).ids
+    begins = own[:1] == [tokenizer.bos_token_id]
+    return own if begins else backend.encode(text).ids
+
+
+def require_known(ids: Sequence[int] | np.ndarray, tokenizer: Any, vocab_size: int, what: str) -> None:
+    """Checks that a model has all tokens of a text. A tokenizer may have more of them than the model: Llama 2 folders
+    have a <pad> without an embedding.
+
+    Raises:
+      InputError: if a token is missing; the message names it and `what`, the text.
+    """
+    largest = int(np.max(ids, initial=0))
+    if largest >= vocab_size:
+        raise InputError(
+            f"{what} contains token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model's "
+            f"vocab_size is {vocab_size}: use the tokenizer of the model, or remove the token from the text"
+        )
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, bos: bool, eos: bool) -> list[np.ndarray]:
@@ -54,10 +162,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, bos: bool, eos: bool) -> lis
       InputError: if BOS or EOS is requested and the tokenizer does not have it.
     """
     before, after = special_tokens(tokenizer, "bos", bos), special_tokens(tokenizer, "eos", eos)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # a tokenizer.json can enable truncation and padding
-    backend.no_padding()
-    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ids = (encoding.ids for encoding in encodings)
     return [np.array([*before, *own, *after] if own else [], np.uint32) for own in ids]
 
@@ -71,6 +176,11 @@ def special_tokens(tokenizer: Any, name: str, wanted: bool) -> list[int]:
     token = getattr(tokenizer, f"{name}_token_id") if wanted else None
     if wanted and token is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path} has no {name.upper()} token: use --no-{name}")
+    file = pathlib.Path(tokenizer.name_or_path) / "tokenizer.json"
+    if wanted and token >= tokenizer.vocab_size and file.is_file():
+        added = {entry.get("content") for entry in _settings(file).get("added_tokens") or ()}
+        if (text := tokenizer.convert_ids_to_tokens(token)) not in added:  # transformers invents an id for it
+            raise InputError(f"{name}_token is {text!r}, which {file} does not contain: correct tokenizer_config.json")
     return [token] if wanted else []
 
 

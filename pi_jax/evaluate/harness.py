@@ -24,6 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pi_jax import cli, log
+from pi_jax.data.tokenizer import require_known
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
@@ -92,7 +93,9 @@ class HarnessModel(TemplateLM):
         """Returns token ids. By default, special tokens are added unless the text already starts with BOS."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        require_known(ids, self.tokenizer, self._model.config.vocab_size, f"the text {string[:40]!r}")
+        return ids
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """Scores requests of (text, context, continuation).

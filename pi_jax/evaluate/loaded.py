@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pi_jax import cli, log
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.convert.open import Source, open_model
-from pi_jax.data.tokenizer import load_tokenizer
+from pi_jax.data.tokenizer import encode_prompt, load_tokenizer, require_known, special_tokens
 from pi_jax.errors import InputError
 from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.generate import Generator, require_mesh, stop_tokens, warn_beyond_window
@@ -90,12 +90,35 @@ class LoadedModel:
         """Opens the model for an evaluation command, and checks that its output can be written.
 
         Raises:
-          InputError: as `open`, or if the output cannot be written, or the tokenizer has more tokens than the model.
+          InputError: as `open`, or if the output cannot be written.
         """
         cli.require_writable(options.output)
-        loaded = cls.open(options.model, rope=options.rope, dtype=options.dtype, mesh=options.mesh)
-        require_vocabulary(loaded.tokenizer, loaded.source.files, loaded.config.vocab_size)
-        return loaded
+        return cls.open(options.model, rope=options.rope, dtype=options.dtype, mesh=options.mesh)
+
+    @property
+    def bos(self) -> int:
+        """The tokenizer's BOS token, which `prepare` uses, too.
+
+        Raises:
+          InputError: if it has none.
+        """
+        (token,) = special_tokens(self.tokenizer, "bos", True)
+        if self.config.bos_token_id not in (None, token):
+            log.note(
+                f"{self.source.files}: bos_token_id is {self.config.bos_token_id} in config.json, but the tokenizer's "
+                f"BOS is {token}, which is used"
+            )
+        return token
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the token ids of a prompt, with BOS if the tokenizer prepends it, never with EOS.
+
+        Raises:
+          InputError: if the text contains a token that the model lacks.
+        """
+        ids = encode_prompt(self.tokenizer, text)
+        require_known(ids, self.tokenizer, self.config.vocab_size, f"the text {text[:40]!r}")
+        return ids
 
     @property
     def config(self) -> ModelConfig:
@@ -145,7 +168,7 @@ class LoadedModel:
         if isinstance(prompts, str):
             options = {"temperature": temperature, "top_p": top_p, "seed": seed}
             return self.generate([prompts], max_new_tokens, **options)[0]
-        tokens = [list(self.tokenizer(text)["input_ids"]) for text in prompts]
+        tokens = [self.encode_prompt(text) for text in prompts]
         generator = self.generator(max(map(len, tokens), default=0) + max_new_tokens)
         stops = stop_tokens(self.config, self.tokenizer)
         new = generator(tokens, max_new_tokens, stop_tokens=stops, temperature=temperature, top_p=top_p, seed=seed)
@@ -189,30 +212,13 @@ class LoadedModel:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if len(ids) < 2:
             raise InputError(f"the text {text[:40]!r} has {len(ids)} tokens: it needs at least 2")
-        if max(ids) >= self.config.vocab_size:
-            raise InputError(
-                f"the text {text[:40]!r} has token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}), but the model's "
-                f"vocab_size is {self.config.vocab_size}"
-            )
+        require_known(ids, self.tokenizer, self.config.vocab_size, f"the text {text[:40]!r}")
         return ids
 
 
 @jax.jit
 def _logits(model: Llama, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
     return model.logits(model(tokens_BS, positions_BS)).astype(jnp.float32)
-
-
-def require_vocabulary(tokenizer: Any, folder: str, vocab_size: int) -> None:
-    """Checks that the tokenizer has no more tokens than the model.
-
-    Raises:
-      InputError: if it has more; the message names both numbers.
-    """
-    if len(tokenizer.get_vocab()) > vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer.get_vocab())} tokens, but the model's vocab_size is "
-            f"{vocab_size}: use the tokenizer of the model"
-        )
 
 
 def answer(

@@ -55,7 +55,6 @@ class PromptMaker:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._tokenizer.backend_tokenizer.no_truncation()
         self._unit = len(self._encode(" ".join([FILLER] * 9))) - len(self._encode(" ".join([FILLER] * 8)))
 
     def _encode(self, text: str):

@@ -93,12 +93,11 @@ def read_pairs(args: Summarization) -> list[Document]:
 def summarization(args: Summarization) -> dict[str, Any]:
     """Runs the command and returns its result."""
     loaded = LoadedModel.for_evaluation(args)
-    config, tokenizer, bos = loaded.config, loaded.tokenizer, loaded.config.bos_token_id
-    if args.bos and bos is None:
-        raise InputError(f"--bos is set, but {loaded.source.files}/config.json has no bos_token_id")
+    config, tokenizer = loaded.config, loaded.tokenizer
+    before = [loaded.bos] if args.bos else []
     pairs = read_pairs(args)
     prompts = Prompt(SUMMARIZE, args.max_input).encode(tokenizer, [d.prompt for d in pairs])
-    prompts = [[*([bos] if args.bos else []), *p.tolist()] for p in prompts]
+    prompts = [[*before, *p.tolist()] for p in prompts]
     generator = loaded.generator(max(map(len, prompts)) + args.max_new_tokens)
     started = time.monotonic()
     summaries = answer(

@@ -49,13 +49,7 @@ def generate(args: Generate) -> list[str]:
         raise InputError("nothing to continue: pass --prompt TEXT or --prompt-file FILE")
     loaded = LoadedModel.open(args.model, rope=args.rope, dtype=args.dtype, mesh=args.mesh)
     source, tokenizer = loaded.source, loaded.tokenizer
-    prompts = [_tokens(tokenizer, text, args.chat) for text in texts]
-    highest = max((max(p, default=0) for p in prompts), default=0)
-    if highest >= source.config.vocab_size:
-        raise InputError(
-            f"{source.files}: the tokenizer produced token {highest}, but the model's vocab_size is "
-            f"{source.config.vocab_size}: use the tokenizer of the model"
-        )
+    prompts = [loaded.encode_prompt(_chat(tokenizer, text) if args.chat else text) for text in texts]
     generator = loaded.generator(max(map(len, prompts)) + args.max_new_tokens, args.chunk)
     stream = Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
     new = generator(
@@ -90,14 +84,11 @@ def _read(path: str) -> str:
         raise InputError(f"--prompt-file {path} cannot be read: {error}") from None
 
 
-def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    if not chat:
-        return list(tokenizer(text)["input_ids"])
+def _chat(tokenizer: Any, text: str) -> str:
     if not tokenizer.chat_template:
         raise InputError(f"--chat is set, but {tokenizer.name_or_path} has no chat template")
     message = [{"role": "user", "content": text}]
-    whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ Ambiguous values, which two readers could interpret differently, are errors that
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pi_jax.errors import InputError
 from pi_jax.rope.scaling import Default, Dynamic, Linear, Llama3, LongRope, Scaling, Yarn
@@ -14,6 +14,8 @@ KINDS: dict[str, type] = {cls.kind: cls for cls in (Default, Linear, Dynamic, Ya
 
 _ORIGINAL = "original_max_position_embeddings"
 _WINDOW = "max_position_embeddings"
+_SEQUENCE = "max_sequence_length"
+_LLAMA_WINDOWS = (2048, 4096)  # of LLaMA 1 and 2
 _DEFAULT_THETA = 10000.0
 _DEFAULT_WINDOW = 2048  # both are the defaults of transformers' LlamaConfig
 
@@ -74,11 +76,11 @@ def _from_section(key: str, section: dict[str, Any], config: dict[str, Any]) -> 
     fields = {field.name: field for field in dataclasses.fields(KINDS[kind])}
     values = {name: section[name] for name in fields if section.get(name) is not None} | {"theta": theta}
     if kind == "dynamic":
-        values[_ORIGINAL] = config.get(_WINDOW, _DEFAULT_WINDOW)
+        values[_ORIGINAL] = _first(config.get(_WINDOW), _DEFAULT_WINDOW)
     elif _ORIGINAL in fields:
         values[_ORIGINAL] = _agreed(key, _ORIGINAL, section, config)
         if kind == "longrope" and isinstance(values[_ORIGINAL], int) and "factor" not in values:
-            values["factor"] = config.get(_WINDOW, _DEFAULT_WINDOW) / values[_ORIGINAL]  # as in transformers
+            values["factor"] = _first(config.get(_WINDOW), _DEFAULT_WINDOW) / values[_ORIGINAL]  # as in transformers
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING or name == "factor"
         if required and values.get(name) is None:
@@ -106,19 +108,60 @@ def to_hf(scaling: Scaling, layout: Literal["v4", "v5"] = "v4") -> dict[str, Any
     return {"rope_theta": scaling.theta, "rope_scaling": {**section, "type": scaling.kind}}
 
 
-def window_from_hf(config: dict[str, Any], scaling: Scaling) -> tuple[int, int | None]:
-    """Returns the window of a `config.json` in tokens, and the window before its extension (None: never extended)."""
-    window = config.get(_WINDOW, _DEFAULT_WINDOW)
+class Window(NamedTuple):
+    """Windows that a `config.json` states."""
+
+    tokens: int
+    """The window."""
+    original: int | None
+    """The window before its extension; None: never extended."""
+    assumed: bool = False
+    """Whether the file can be understood in two ways."""
+
+
+def window_from_hf(config: dict[str, Any], scaling: Scaling, tokenizer_window: Any = None) -> Window:
+    """Returns the windows of a `config.json`.
+
+    With 'linear', `max_position_embeddings` is the extended window in some published models and the original one in
+    others, as transformers once recommended. `max_sequence_length`, `original_max_position_embeddings` or the
+    tokenizer's `model_max_length` decide. Without them it is taken for the original window, unless that of LLaMA 1 or 2
+    follows from the other reading.
+
+    Args:
+      config: content of `config.json`.
+      scaling: result of `from_hf`.
+      tokenizer_window: `model_max_length` of the tokenizer, if known.
+    """
+    window = _first(config.get(_WINDOW), _DEFAULT_WINDOW)
     if scaling.kind == "linear":
-        # Published models differ in which of the two keys contains the longer window.
-        window, original = sorted((window, config.get("max_sequence_length") or window), reverse=True)
-    elif scaling.kind == "default":
+        return _linear_window(config, scaling, window, tokenizer_window)
+    if scaling.kind == "default":
         original = config.get(_ORIGINAL)
     else:
         original = scaling.original_max_position_embeddings
         if scaling.kind in ("dynamic", "yarn") and window == original:
             window = int(original * scaling.factor)
-    return window, original if original and original < window else None
+    return Window(window, original if original and original < window else None)
+
+
+def _linear_window(config: dict[str, Any], scaling: Linear, window: int, tokenizer_window: Any) -> Window:
+    for name in (_WINDOW, _SEQUENCE, _ORIGINAL):
+        if type(_first(config.get(name), 1)) is not int:
+            raise InputError(f"{name} is {config[name]!r}: it must be an integer")
+    before, after = int(window / scaling.factor), int(window * scaling.factor)
+    if stated := config.get(_SEQUENCE):
+        window, original = max(window, stated), min(window, stated)
+        return Window(window, original if original < window else None)
+    if stated := (config.get(_ORIGINAL) or (config.get("rope_scaling") or {}).get(_ORIGINAL)):
+        extended = max(window, int(stated * scaling.factor))
+        return Window(extended, stated if stated < extended else None)
+    if scaling.factor <= 1.0 or tokenizer_window == window:
+        return Window(window, before if before < window else None)
+    if tokenizer_window == after:
+        return Window(after, window)
+    if scaling.theta == _DEFAULT_THETA and before in _LLAMA_WINDOWS and window not in _LLAMA_WINDOWS:
+        return Window(window, before, assumed=True)
+    return Window(after, window, assumed=True)
 
 
 def window_to_hf(scaling: Scaling, window: int, original: int | None) -> dict[str, int]:
@@ -134,8 +177,8 @@ def window_to_hf(scaling: Scaling, window: int, original: int | None) -> dict[st
         return {_WINDOW: scaling.original_max_position_embeddings}
     if scaling.kind == "longrope":
         return {_WINDOW: window, _ORIGINAL: scaling.original_max_position_embeddings}
-    if original and scaling.kind == "linear":
-        return {_WINDOW: window, "max_sequence_length": original}
+    if scaling.kind == "linear":
+        return {_WINDOW: window, _SEQUENCE: original or window}
     if original and scaling.kind == "default":
         return {_WINDOW: window, _ORIGINAL: original}
     return {_WINDOW: window}

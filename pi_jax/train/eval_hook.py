@@ -41,7 +41,6 @@ class Evaluation:
             self._heldout = names, documents, windows
         if self._config.passkey_lengths:
             self._tokenizer = load_tokenizer(files)
-            command.require_vocabulary(self._tokenizer, files, model.vocab_size)
             passkey.require_room(self._tokenizer, self._config.passkey_lengths, "evaluate.passkey_lengths")
             warn_beyond_window(model, max(self._config.passkey_lengths))
 

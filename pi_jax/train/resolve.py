@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import optax
+from etils import epath
 
 from pi_jax import tiny
 from pi_jax.config import BUILTIN, Config, ModelConfig, extend
+from pi_jax.convert.formats import meta
 from pi_jax.convert.open import Source, open_model
 from pi_jax.data.pipeline import Pipeline, open_pipeline
 from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo, load_tokenizer
@@ -55,7 +57,11 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """Fields that must not change when a run resumes, and their values."""
         model = {f"model.{name}": getattr(self.model, name) for name in _MODEL_FIELDS}
-        return self.pipeline.identity | model | {"rope": f"{self.model.rope}"}
+        stored = {
+            "compute.param_dtype": self.config.compute.param_dtype,
+            "optimizer.moment_dtype": self.config.optimizer.moment_dtype,
+        }
+        return self.pipeline.identity | model | {"rope": f"{self.model.rope}"} | stored
 
 
 def resolve(config: Config) -> Experiment:
@@ -105,7 +111,8 @@ def resolve_model(config: Config) -> tuple[ModelConfig, Source | None]:
     model, source = config.model, None
     if config.train.init_from:
         # Meta's folders do not record the window, so take it from the config.
-        source = open_model(config.train.init_from, window=model.max_position_embeddings if model else 0)
+        window = model.max_position_embeddings if model and meta.is_folder(epath.Path(config.train.init_from)) else 0
+        source = open_model(config.train.init_from, window=window)
         for field in dataclasses.fields(ModelConfig) if model else ():
             ours, theirs = getattr(model, field.name), getattr(source.config, field.name)
             if ours != theirs and field.name not in ("bos_token_id", "eos_token_id"):
@@ -124,9 +131,11 @@ def resolve_model(config: Config) -> tuple[ModelConfig, Source | None]:
 
 
 def _check_data(config: Config, model: ModelConfig, pipeline: Pipeline, tokenizer: str) -> None:
-    if pipeline.vocab_size > model.vocab_size:
+    if pipeline.largest_token >= model.vocab_size:
+        store = next(store for store in pipeline.stores if store.largest_token >= model.vocab_size)
+        token = load_tokenizer(store.tokenizer_dir).convert_ids_to_tokens(store.largest_token)
         raise InputError(
-            f"{config.data.sources[0]} was tokenized with {pipeline.vocab_size} tokens, but the model's vocab_size is "
+            f"{store.path} contains token {store.largest_token} ({token!r}), but the model's vocab_size is "
             f"{model.vocab_size}: prepare the text with the model's own tokenizer"
         )
     if tokenizer and _vocab_hash(tokenizer) not in (None, pipeline.vocab_hash):

@@ -4,6 +4,7 @@ The config determines which tensors are required and their shapes; files that di
 read one tensor at a time, and each host reads only its own slices. Nothing is unpickled and no code in a folder is run.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from pi_jax import rope
+from pi_jax import log, rope
 from pi_jax.config import ComputeConfig, ModelConfig
 from pi_jax.convert import model_card, param_mapping, pipeline, sharded_load
 from pi_jax.convert.folders import (
@@ -28,7 +29,7 @@ from pi_jax.model import Llama
 
 SHARD_BYTES = 5 * 10**9
 """Default maximum size of a safetensors file, in bytes."""
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX, _SINGLE, _ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 _REQUIRED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 # Features that are not implemented: each config key with the only value that does not change the result.
 _UNSUPPORTED = {
@@ -46,8 +47,15 @@ _MODEL_TYPES = ("llama", "mistral")
 _THETA_SINCE = (4, 33)  # first version of transformers that writes rope_theta
 
 
-def read_config(folder: str, name: str = "config.json") -> ModelConfig:
+def read_config(folder: str, name: str = "config.json", window: int = 0) -> ModelConfig:
     """Reads the architecture from the `config.json` of a Hugging Face folder, as written by transformers 4 or 5.
+
+    What ends a text may stand only in `generation_config.json`, as in Llama 3 Instruct: those tokens are added.
+
+    Args:
+      folder: Hugging Face folder.
+      name: name of the file.
+      window: extended window in tokens, if the file states another or none; 0 trusts the file.
 
     Raises:
       InputError: if a key is missing or has a value that is not supported; the message names both.
@@ -58,32 +66,99 @@ def read_config(folder: str, name: str = "config.json") -> ModelConfig:
         known = " or ".join(_MODEL_TYPES)
         raise InputError(f"{path}: model_type is {config.get('model_type')!r}: it must be {known}")
     for key, harmless in _UNSUPPORTED.items():
-        if config.get(key, harmless) != harmless:
+        if config.get(key) not in (None, harmless):
             raise InputError(f"{path}: {key} is {config[key]!r}: only {harmless!r} is supported")
-    missing = [key for key in _REQUIRED if key not in config]
+    missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}")
     _require_theta(path, config)
-    heads = config["num_attention_heads"]
     try:
         scaling = rope.from_hf(config)
-        window, original = rope.window_from_hf(config, scaling)
-        return ModelConfig(
+        if window:
+            config = _with_window(config, scaling, window)
+        tokenizer = epath.Path(folder) / "tokenizer_config.json"
+        limit = read_json(tokenizer).get("model_max_length") if tokenizer.is_file() else None
+        windows = rope.window_from_hf(config, scaling, limit)
+        heads = config["num_attention_heads"]
+        model = ModelConfig(
             **{key: config[key] for key in _REQUIRED},
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=window,
-            original_max_position_embeddings=original,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            max_position_embeddings=windows.tokens,
+            original_max_position_embeddings=windows.original,
+            rms_norm_eps=_given(config, "rms_norm_eps", 1e-6),
+            tie_word_embeddings=_given(config, "tie_word_embeddings", False),
             rope=scaling,
             bos_token_id=_first(config.get("bos_token_id")),
-            eos_token_id=_tokens(config.get("eos_token_id")),
+            eos_token_id=_end_tokens(path, config),
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise InputError(f"{path} has a value of the wrong type: {error}") from None
+    if windows.assumed:
+        log.note(
+            f"{path} has linear scaling by {scaling.factor:g} and max_position_embeddings "
+            f"{config.get('max_position_embeddings')}, which may be the window before or after it: {windows.tokens} "
+            "tokens are assumed; add max_sequence_length, the original window, if that is wrong"
+        )
+    return model
+
+
+def _given(config: dict[str, Any], key: str, default: Any) -> Any:
+    """A value of config.json; null means the default."""
+    return default if config.get(key) is None else config[key]
+
+
+def _with_window(config: dict[str, Any], scaling: rope.Scaling, window: int) -> dict[str, Any]:
+    if scaling.kind == "default":
+        return config | {"max_position_embeddings": window}
+    if scaling.kind == "linear":
+        return config | {"max_position_embeddings": window, "max_sequence_length": int(window / scaling.factor)}
+    raise InputError(f"--max-position-embeddings is {window}, but rope_type {scaling.kind!r} states the window")
+
+
+def _end_tokens(path: epath.Path, config: dict[str, Any]) -> int | tuple[int, ...] | None:
+    """The tokens that end a text, by config.json and generation_config.json."""
+    found = _tokens(config.get("eos_token_id"))
+    beside = path.parent / GENERATION_FILE
+    if not beside.is_file():
+        return found
+    more = _tokens(read_json(beside).get("eos_token_id"))
+    own, other = (() if x is None else x if isinstance(x, tuple) else (x,) for x in (found, more))
+    if any(type(token) is not int for token in other):
+        raise InputError(f"{GENERATION_FILE} has eos_token_id {more!r}: it must be a token id or a list of them")
+    if set(other) <= set(own):
+        return found
+    if own:
+        log.note(f"{path} has eos_token_id {found}, {GENERATION_FILE} {more}: any of them ends a text")
+    together = tuple(dict.fromkeys((*own, *other)))
+    return together if len(together) > 1 else together[0]
+
+
+def open_config(folder: str, window: int = 0) -> ModelConfig:
+    """Like `read_config`, but keeps an output head of its own in a model that config.json calls tied.
+
+    transformers 5 loads such a head, which merging LoRA weights can leave, while transformers 4 drops it.
+
+    Raises:
+      InputError: as `read_config`, or if the folder is ambiguous: one file of weights beside an index of others, or
+        an adapter that was not merged.
+    """
+    config = read_config(folder, window=window)
+    path = epath.Path(folder)
+    if (path / _ADAPTER).is_file():
+        raise InputError(f"{folder} contains {_ADAPTER}, an adapter beside the weights: merge it or move it away")
+    if not any((path / name).exists() for name in (_INDEX, _SINGLE)):
+        return config  # without weights, as for a plan
+    files = _Files(path)
+    if config.tie_word_embeddings and not files.head_is_embedding(config):
+        log.note(
+            f"{folder}/config.json ties the output head to the embedding, but lm_head.weight differs from it: it is "
+            "kept as a head of its own, as in transformers 5"
+        )
+        return dataclasses.replace(config, tie_word_embeddings=False)
+    return config
 
 
 def _require_theta(path: epath.Path, config: dict[str, Any]) -> None:
@@ -136,32 +211,14 @@ def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-class Reader:
-    """Reads the tensors of a folder lazily."""
+class _Files:
+    """The safetensors files of a folder, opened when they are read."""
 
-    def __init__(self, folder: str, config: ModelConfig):
-        """Opens the files and checks names, shapes and dtypes against the config.
-
-        Raises:
-          InputError: if a tensor or file is missing, unexpected or damaged.
-        """
-        self._folder = epath.Path(folder)
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
         self._open: dict[epath.Path, safetensors.File] = {}
-        self._files = self._index()
-        self.order = param_mapping.tensors(config)
-        wanted = {tensor.name: tensor for tensor in self.order}
-        ignored = {name for name in self._files if name.endswith(param_mapping.HF_IGNORED)}
-        if config.tie_word_embeddings:
-            ignored.add("lm_head.weight")  # some exporters write a tied head too
-        require_names(folder, set(wanted), set(self._files) - ignored, "config.json")
-        self.dtypes: pipeline.Dtypes = {}
-        for name, tensor in wanted.items():
-            file = self._file(name)
-            if name not in file.entries:
-                raise InputError(f"{file.path} lacks {name}, although {_INDEX} lists it there")
-            require_shape(f"{file.path}: {name}", file.entries[name].shape, tensor.shape, "config.json")
-            pipeline.require_float(str(file.path), name, file.entries[name].dtype)
-            self.dtypes[name] = np.dtype(file.entries[name].dtype)
+        self.of = self._index()
+        """File of each tensor."""
 
     def _index(self) -> dict[str, epath.Path]:
         index, single = self._folder / _INDEX, self._folder / _SINGLE
@@ -169,7 +226,13 @@ class Reader:
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names:
                 raise InputError(f"{index} has no weight_map")
-            return {tensor: self._shard(index, file) for tensor, file in names.items()}
+            found = {tensor: self._shard(index, file) for tensor, file in names.items()}
+            if single.exists() and single not in found.values():
+                raise InputError(
+                    f"{self._folder} contains {_SINGLE} and {_INDEX}, which lists other files: remove the weights that "
+                    "are out of date"
+                )
+            return found
         if single.exists():
             self._open[single] = safetensors.File(single)
             return dict.fromkeys(self._open[single].entries, single)
@@ -183,15 +246,58 @@ class Reader:
             raise InputError(f"{index} lists {file}, which does not exist")
         return self._folder / file
 
-    def _file(self, name: str) -> safetensors.File:
-        path = self._files[name]
+    def file(self, name: str) -> safetensors.File:
+        """The file that contains a tensor."""
+        path = self.of[name]
         if path not in self._open:
             self._open[path] = safetensors.File(path)
+        if name not in self._open[path].entries:
+            raise InputError(f"{path} lacks {name}, although {_INDEX} lists it there")
         return self._open[path]
+
+    def head_is_embedding(self, config: ModelConfig) -> bool:
+        """Whether the output head is absent or a copy of the embedding."""
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        if not all(name in self.of for name in names):
+            return True
+        files = [self.file(name) for name in names]
+        shapes = [file.entries[name].shape for name, file in zip(names, files, strict=True)]
+        if shapes[0] != shapes[1]:
+            return False
+        for start in range(0, shapes[0][0], 4096):
+            rows = (slice(start, start + 4096), *(slice(None),) * (len(shapes[0]) - 1))
+            ours, head = (file.read(name, rows) for name, file in zip(names, files, strict=True))
+            if not np.array_equal(ours.astype(np.float32), head.astype(np.float32)):
+                return False
+        return True
+
+
+class Reader:
+    """Reads the tensors of a folder lazily."""
+
+    def __init__(self, folder: str, config: ModelConfig):
+        """Opens the files and checks names, shapes and dtypes against the config.
+
+        Raises:
+          InputError: if a tensor or file is missing, unexpected or damaged.
+        """
+        self._files = _Files(epath.Path(folder))
+        self.order = param_mapping.tensors(config)
+        wanted = {tensor.name: tensor for tensor in self.order}
+        ignored = {name for name in self._files.of if name.endswith(param_mapping.HF_IGNORED)}
+        if config.tie_word_embeddings:
+            ignored.add("lm_head.weight")  # a copy of the embedding: see `open_config`
+        require_names(folder, set(wanted), set(self._files.of) - ignored, "config.json")
+        self.dtypes: pipeline.Dtypes = {}
+        for name, tensor in wanted.items():
+            file = self._files.file(name)
+            require_shape(f"{file.path}: {name}", file.entries[name].shape, tensor.shape, "config.json")
+            pipeline.require_float(str(file.path), name, file.entries[name].dtype)
+            self.dtypes[name] = np.dtype(file.entries[name].dtype)
 
     def read(self, tensor: param_mapping.Tensor, index: param_mapping.Index = (...,)) -> np.ndarray:
         """See `pipeline.Reader`."""
-        return self._file(tensor.name).read(tensor.name, index)
+        return self._files.file(tensor.name).read(tensor.name, index)
 
 
 def require_names(folder: Any, wanted: set[str], found: set[str], asker: str) -> None:

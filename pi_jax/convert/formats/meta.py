@@ -12,11 +12,13 @@ other folders these rules apply:
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 
+from pi_jax import log
 from pi_jax.config import ModelConfig
 from pi_jax.convert import param_mapping, pipeline
 from pi_jax.convert.folders import copy_files, is_remote, read_json, write_json
@@ -42,11 +44,8 @@ _FEED_FORWARD = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 
 @dataclasses.dataclass(frozen=True)
 class MetaOptions:
-    """Options for a source or target in Meta's format."""
+    """Options for a target in Meta's format."""
 
-    window: int = 0
-    """Trained window of a source, in tokens; 0 applies the rules in docs/convert.md. Set it if they are wrong for the
-    model."""
     files: int = 1
     """Number of consolidated.NN.pth files to write. LLaMA's own code expects one per device."""
     embedding: Literal["auto", "rows", "columns"] = "auto"
@@ -54,11 +53,8 @@ class MetaOptions:
     selects rows if the vocabulary is larger than 100,000."""
 
     def __post_init__(self):
-        if self.files < 1 or self.window < 0:
-            raise InputError(
-                f"meta.files is {self.files} and meta.window is {self.window}: meta.files must be positive, and "
-                "meta.window positive or 0"
-            )
+        if self.files < 1:
+            raise InputError(f"meta.files is {self.files}: it must be positive")
 
 
 def is_folder(folder: Any) -> bool:
@@ -87,6 +83,9 @@ class Folder:
             raise InputError(f"{path} is remote: .pth files can be read from a local folder only")
         self.path = pathlib.Path(path)
         self.params = read_json(self.path / PARAMS)
+        if isinstance(nested := self.params.get("model"), dict):
+            log.note(f"{self.path / PARAMS} has its values under 'model'")
+            self.params = nested
         for key in _REQUIRED:
             if key not in self.params:
                 raise InputError(f"{self.path / PARAMS} lacks {key}")
@@ -110,11 +109,12 @@ class Folder:
             split = 0 if norm and part and norm.shape == part.shape[1:] else 1
         return pth.Joined(self.files, name, split)
 
-    def config(self, window: int = 0) -> ModelConfig:
-        """Returns the architecture.
+    def config(self, window: int = 0, eos: Sequence[int] = ()) -> ModelConfig:
+        """Returns the architecture. What params.json does not state is assumed and printed.
 
         Args:
           window: trained window in tokens; 0 applies the rules in the module docstring.
+          eos: tokens that end a text; empty: those of the base models.
 
         Raises:
           InputError: if a value is missing, invalid or not supported; the message names its key.
@@ -128,6 +128,7 @@ class Folder:
             raise InputError(f"{path} has a value of the wrong type: {error}") from None
         sidecar = self.path / SIDECAR
         if not sidecar.is_file():
+            self._say_assumptions(config, window, eos)
             return config
         stated = hf.read_config(str(self.path), SIDECAR)
         for field in dataclasses.fields(ModelConfig):
@@ -137,6 +138,21 @@ class Folder:
         if stated.rope.theta != config.rope.theta:
             raise InputError(f"{sidecar}: theta is {stated.rope.theta}, but {PARAMS} says {config.rope.theta}")
         return stated
+
+    def _say_assumptions(self, config: ModelConfig, window: int, eos: Sequence[int]) -> None:
+        path = self.path / PARAMS
+        if not window:
+            log.note(
+                f"{path} does not state the window: {config.max_position_embeddings} tokens are assumed by the rules "
+                "in docs/convert.md; override it with `convert --max-position-embeddings`"
+            )
+        if not eos:
+            several = config.vocab_size > _LLAMA3_VOCABULARY
+            instruct = "128001 128008 128009 for an instruct model" if several else "TOKEN if it has another"
+            log.note(
+                f"{path} does not state what ends a text: token {config.eos_token_id} is assumed; "
+                f"`convert --eos` sets it, {instruct}"
+            )
 
     def _config(self, window: int) -> ModelConfig:
         params = self.params

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import io
 import math
-import os
 import pathlib
 import pickle
 import struct
@@ -22,7 +21,7 @@ import numpy as np
 from pi_jax.convert.formats.safetensors import Entry, discard, finish, read_rows, start_storing
 from pi_jax.convert.param_mapping import Index
 from pi_jax.convert.pipeline import require_finite, require_float
-from pi_jax.errors import InputError
+from pi_jax.errors import LFS_BYTES, InputError, require_downloaded
 
 _OLDEST_TORCH = (2, 10)  # in older versions, a file can corrupt memory (CVE-2026-24747) or run code (CVE-2025-32434)
 _ALIGNMENT = 64
@@ -58,9 +57,12 @@ class File:
         self.path = path
         torch = require_torch()
         try:
-            with zipfile.ZipFile(path) as archive:
-                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            with open(path, "rb") as file:
+                require_downloaded(path, file.read(LFS_BYTES))
+                records = zipfile.ZipFile(file).infolist()
+                if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                     raise InputError(f"{path} contains compressed records: torch.save writes them uncompressed")
+                sizes = {_start(file, record): record.file_size for record in records}
             state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
@@ -68,14 +70,16 @@ class File:
                 f"{path} contains more than plain tensors ({reason.strip()[:160] or 'its pickle is rejected'}): none "
                 "of its code was run; convert it to safetensors where it was created"
             ) from None
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is not a complete .pth file: {str(error).splitlines()[0][:160]}") from None
+        except InputError:
+            raise
+        except Exception as error:  # a damaged pickle makes torch raise many types of exception
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{path} is not a complete .pth file: {reason[:160]}") from None
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise InputError(
                 f"{path} contains a {type(state).__name__}: it must contain a dict whose values are all tensors"
             )
-        size = os.path.getsize(path)
-        self.entries = {str(name): _entry(path, str(name), tensor, size) for name, tensor in state.items()}
+        self.entries = {str(name): _entry(path, str(name), tensor, sizes) for name, tensor in state.items()}
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (lives as long as this object)
 
     def read(self, name: str, rows: slice) -> np.ndarray:
@@ -85,15 +89,26 @@ class File:
         return require_finite(str(self.path), name, read_rows(self._file, self.path, name, entry, rows))
 
 
-def _entry(path: pathlib.Path, name: str, tensor: Any, size: int) -> Entry:
+def _start(file: Any, record: zipfile.ZipInfo) -> int:
+    """Returns the position of the first byte of a record's data."""
+    file.seek(record.header_offset + 26)
+    return record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))  # lengths of the name and extra field
+
+
+def _entry(path: pathlib.Path, name: str, tensor: Any, sizes: dict[int, int]) -> Entry:
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
-    offset = (tensor.untyped_storage()._checkpoint_offset or 0) + tensor.storage_offset() * tensor.element_size()
-    end = offset + math.prod(shape) * tensor.element_size()
-    within = tensor.storage_offset() * tensor.element_size() + math.prod(shape) * tensor.element_size()
-    if not tensor.is_contiguous() or within > tensor.untyped_storage().nbytes() or end > size:
+    stored = tensor.layout is require_torch().strided and not tensor.is_quantized and tensor.is_contiguous()
+    if not stored:
         raise InputError(f"{path}: {name} is stated to be {dtype}{list(shape)}, but it is not stored row by row")
-    return Entry(dtype, shape, offset)
+    storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
+    offset = storage._checkpoint_offset or 0
+    # torch computes the offset from what torch.save does, so it is wrong if another program has packed the archive.
+    if sizes.get(offset) != storage.nbytes():
+        raise InputError(f"{path}: {name} is not where torch.save puts it: load the file with torch and save it again")
+    if start + math.prod(shape) * tensor.element_size() > storage.nbytes():
+        raise InputError(f"{path}: {name} is stated to be {dtype}{list(shape)}, but it is not stored row by row")
+    return Entry(dtype, shape, offset + start)
 
 
 class Joined:

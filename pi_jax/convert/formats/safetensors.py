@@ -19,7 +19,7 @@ from etils import epath
 
 from pi_jax.convert.param_mapping import Index, Tensor
 from pi_jax.convert.pipeline import Dtypes, require_finite, require_float
-from pi_jax.errors import InputError
+from pi_jax.errors import LFS_BYTES, InputError, require_downloaded
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {numpy: name for name, numpy in _DTYPES.items()}
@@ -51,7 +51,11 @@ class File:
         try:
             self._file = path.open("rb")
             self._size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(0)
+            require_downloaded(path, self._file.read(LFS_BYTES))
             self.entries = self._header()
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = str(error) or type(error).__name__
             raise InputError(f"{path} is not a complete safetensors file: {reason}") from None
@@ -62,17 +66,23 @@ class File:
         if self._size < 8 or length > min(_MAX_HEADER, self._size - 8):
             raise ValueError(f"its header has {length} bytes, but the file has {self._size}")
         header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in dict(metadata).values()):
+            raise ValueError("its header has something else than strings in __metadata__")
         entries, data, end = {}, self._size - 8 - length, 0
-        for name, entry in header.items():
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
             dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) or not start <= stop <= data:
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or not start <= stop <= data:
                 raise ValueError(f"the header gives {name} bytes {start} to {stop} of {data}")
             if entry["dtype"] in _DTYPES and stop - start != math.prod(shape) * np.dtype(dtype).itemsize:
                 raise ValueError(f"{name} has {stop - start} bytes, which is not the size of {dtype}{list(shape)}")
+            if start != end:
+                raise ValueError(f"{name} begins at byte {start}, but the tensor before it ends at {end}")
             entries[name] = Entry(dtype, shape, 8 + length + start)
-            end = max(end, stop)
+            end = stop
         if end != data:
             raise ValueError(f"its tensors have {end} bytes, but {data} follow the header")
         return entries

@@ -1,25 +1,32 @@
 """Checks that pi_jax and transformers compute the same logits, inside the original window and beyond it.
 
-To keep memory low, both load only a part of the model: the first layers, the first vocabulary entries and, for large
-models, the first feed-forward channels and heads. The part is itself a complete model, so a wrong name, row order, RoPE
-scaling or norm shows up as it would in the complete model. pi_jax loads it with its own readers, transformers with its
-own parser of config.json and the safetensors library.
+transformers reads the folders by itself, source and target: `from_pretrained` with the files as they are. Nothing of
+pi_jax's reader decides which tensors it gets, so an assumption that both of our readers share still shows.
+
+Of a large model, both load only a part, to keep memory low: the first layers, the first vocabulary entries and, where
+that is still too much, the first feed-forward channels and heads. The part is itself a complete model, so a wrong name,
+row order, RoPE scaling or norm shows as it would in the whole.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig
-from pi_jax.convert import param_mapping, pipeline, sharded_load
+from pi_jax.convert import pipeline, sharded_load
 from pi_jax.convert.folders import is_remote, read_json
 from pi_jax.convert.verify import readback
-from pi_jax.errors import InputError
+from pi_jax.errors import InputError, some
 from pi_jax.parallel import placement, sharding
 
+_WHOLE = 400_000_000  # parameters up to which the whole model is compared, in float32
 _PARAMETERS = 16_000_000  # size of the part; it has at least one layer
 _VOCABULARY, _CHANNELS, _TOKENS = 512, 1024, 48
 TOLERANCE = 1e-3
@@ -59,37 +66,47 @@ def available() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def compare(reader: pipeline.Reader, config: ModelConfig, folder: Any) -> str:
-    """Compares the logits of a model with those that transformers computes from a Hugging Face folder.
+def compare(config: ModelConfig, pairs: Sequence[tuple[pipeline.Reader, Any]]) -> str:
+    """Compares the logits of a model with those that transformers computes from Hugging Face folders.
 
     Args:
-      reader: weights of the model.
       config: architecture of the model.
-      folder: Hugging Face folder. A remote folder is not compared.
+      pairs: readers of its weights, each with the Hugging Face folder that must be the same model. Remote folders are
+        not compared.
 
     Returns:
       A phrase that says what was compared.
 
     Raises:
-      InputError: if the logits differ by more than the tolerance.
+      InputError: if transformers cannot load a folder, or the logits differ by more than the tolerance.
     """
-    if is_remote(folder):
+    local = [(reader, folder) for reader, folder in pairs if not is_remote(folder)]
+    if not local:
         return "logits not compared (remote folder)"
     if not available():
         return "logits not compared (torch is not installed)"
-    small, positions = part_of(config), spread_positions(config)
+    whole = config.num_parameters() <= _WHOLE
+    small, positions = config if whole else part_of(config), spread_positions(config)
     tokens = np.random.default_rng(0).integers(0, small.vocab_size, len(positions)).astype(np.int32)
-    ours, theirs = _ours(reader, small, tokens, positions), _theirs(folder, small, tokens, positions)
-    difference, scale = float(np.abs(ours - theirs).max()), max(1.0, float(np.abs(theirs).max()))
-    if not difference <= TOLERANCE * scale:
-        raise InputError(
-            f"{folder}: the logits of transformers and pi_jax differ by {difference:.2g} at positions up to "
-            f"{positions[-1]}, but at most {TOLERANCE * scale:.2g} is allowed"
-        )
+    largest = 0.0
+    for reader, folder in local:
+        ours = _ours(reader, small, tokens, positions)
+        model = _load(folder) if whole else _load_part(folder, small)
+        theirs = _theirs(model, tokens, positions)
+        del model
+        difference, scale = float(np.abs(ours - theirs).max()), max(1.0, float(np.abs(theirs).max()))
+        if not difference <= TOLERANCE * scale:
+            raise InputError(
+                f"{folder}: the logits of transformers and pi_jax differ by {difference:.2g} at positions up to "
+                f"{positions[-1]}, but at most {TOLERANCE * scale:.2g} is allowed"
+            )
+        largest = max(largest, difference)
     beyond = f" and beyond it to {positions[-1]:,}" if positions[-1] >= config.original_window else ""
+    what = "all layers" if whole else f"{small.num_hidden_layers} of {config.num_hidden_layers} layers"
+    both = " of source and target" if len({str(folder) for _, folder in local}) > 1 else ""
     return (
-        f"logits of {small.num_hidden_layers} of {config.num_hidden_layers} layers within {difference:.1e} of "
-        f"transformers', inside the window of {config.original_window:,}{beyond}"
+        f"logits of {what} within {largest:.1e} of transformers'{both}, inside the window of "
+        f"{config.original_window:,}{beyond}"
     )
 
 
@@ -103,24 +120,82 @@ def _ours(reader: pipeline.Reader, small: ModelConfig, tokens: np.ndarray, posit
         return np.asarray(run(model, batch))[0]
 
 
-def _theirs(folder: Any, small: ModelConfig, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def _load(folder: Any) -> Any:
+    """The model as transformers loads it."""
     import torch
     import transformers
 
+    with _quiet():
+        try:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # invalid files raise many types of exception
+            raise InputError(f"transformers cannot load {folder}: {textwrap.shorten(str(error), 300)}") from None
+    _require_complete(folder, found["missing_keys"], found["unexpected_keys"])
+    return model
+
+
+def _load_part(folder: Any, small: ModelConfig) -> Any:
+    """The first layers, rows and columns. Which tensors there are is decided by the files alone."""
+    import torch
+    import transformers
+
+    names = readback.names(folder)
     sizes = "vocab_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads head_dim".split()
     stated = read_json(f"{folder}/config.json") | {name: getattr(small, name) for name in sizes}
     stated |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    stated["tie_word_embeddings"] = "lm_head.weight" not in names
     kind = transformers.AutoConfig.for_model(stated.pop("model_type"), **stated)
-    model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32, attn_implementation="eager")
-    read = readback.hf_part(folder)
-    state = {t.name: torch.from_numpy(read(t).astype(np.float32)) for t in param_mapping.tensors(small)}
+    with _quiet():
+        model = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.float32, attn_implementation="eager")
+    wanted, state = model.state_dict(), {}
+    for name in names:
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        if (layer and int(layer[1]) >= small.num_hidden_layers) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        shape = wanted[name].shape if name in wanted else None
+        state[name] = torch.from_numpy(readback.part(folder, name, shape).astype(np.float32))
     found = model.load_state_dict(state, strict=False, assign=True)
-    if set(found.missing_keys) - {"lm_head.weight"} or found.unexpected_keys:
-        raise InputError(
-            f"{folder}: transformers expects other tensors: missing {found.missing_keys}, unexpected "
-            f"{found.unexpected_keys}"
-        )
+    _require_complete(folder, set(found.missing_keys), set(found.unexpected_keys))
     model.tie_weights()
+    return model
+
+
+def _require_complete(folder: Any, missing: set[str], unexpected: set[str]) -> None:
+    missing = set(missing) - {"lm_head.weight"}
+    unexpected = {name for name in unexpected if not name.endswith("rotary_emb.inv_freq")}
+    if missing or unexpected:
+        raise InputError(
+            f"{folder}: transformers expects other tensors: "
+            + (f"{some(sorted(missing))} is missing" if missing else f"{some(sorted(unexpected))} is unknown to it")
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides transformers' progress bars and warnings."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _theirs(model: Any, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         # Without a mask, transformers interprets gaps between positions as packed documents and masks between them.
         out = model.eval()(

@@ -6,7 +6,7 @@ pages do not accumulate.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -123,16 +123,23 @@ def run(folder: epath.Path, config: ModelConfig, dtypes: pipeline.Dtypes) -> Rea
     return read
 
 
-def hf_part(folder: Any) -> Read:
-    """Like `hf`, but for a smaller model: reads only the first rows and columns, as given by a tensor's shape."""
+def names(folder: Any) -> list[str]:
+    """The names of the tensors in a Hugging Face folder."""
+    import safetensors
+
+    index = epath.Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        return list(read_json(index)["weight_map"])
+    with safetensors.safe_open(str(epath.Path(folder) / "model.safetensors"), framework="np") as file:
+        return list(file.keys())
+
+
+def part(folder: Any, name: str, shape: Sequence[int] | None) -> np.ndarray:
+    """Reads the first rows and columns of a tensor in a Hugging Face folder; `shape` None: all."""
     import safetensors
 
     index = epath.Path(folder) / "model.safetensors.index.json"
     files = read_json(index)["weight_map"] if index.exists() else {}
-
-    def read(tensor: param_mapping.Tensor) -> np.ndarray:
-        path = epath.Path(folder) / files.get(tensor.name, "model.safetensors")
-        with safetensors.safe_open(str(path), framework="np") as file:
-            return file.get_slice(tensor.name)[tuple(slice(0, n) for n in tensor.shape)]
-
-    return read
+    path = epath.Path(folder) / files.get(name, "model.safetensors")
+    with safetensors.safe_open(str(path), framework="np") as file:
+        return file.get_tensor(name) if shape is None else file.get_slice(name)[tuple(slice(0, n) for n in shape)]
