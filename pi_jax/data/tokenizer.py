@@ -134,10 +134,9 @@ def _append_nothing(backend: Any) -> None:
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Returns the token ids of a prompt: with BOS if the tokenizer prepends it and the text does not begin with it."""
-    backend = tokenizer.backend_tokenizer
-    own = backend.encode(text, add_special_tokens=False).ids
-    begins = own[:1] == [tokenizer.bos_token_id]
-    return own if begins else backend.encode(text).ids
+    backend, bos = tokenizer.backend_tokenizer, tokenizer.bos_token_id
+    ids = backend.encode(text).ids
+    return backend.encode(text, add_special_tokens=False).ids if ids[:2] == [bos, bos] else ids
 
 
 def require_known(ids: Sequence[int] | np.ndarray, tokenizer: Any, vocab_size: int, what: str) -> None:

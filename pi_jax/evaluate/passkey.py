@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 
 from pi_jax import cli, log, plotting
+from pi_jax.data.tokenizer import require_known
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import AnswerOptions, LoadedModel, answer
@@ -79,9 +80,9 @@ class PromptMaker:
                 break
         return list(encoded.ids), front, key_token
 
-    def shortest(self) -> int:
-        """Length in tokens of the shortest prompt, with one repetition of the filler on each side of the key."""
-        return len(self._parts(1, 1, 12345)[0])
+    def shortest(self) -> list[int]:
+        """The shortest prompt, with one repetition of the filler on each side of the key."""
+        return self._parts(1, 1, 12345)[0]
 
     def __call__(self, length: int, key: int, *, distance: int | None = None, depth: float | None = None) -> Prompt:
         """Makes a prompt. Pass either `distance` or `depth`.
@@ -95,7 +96,7 @@ class PromptMaker:
         Raises:
           InputError: if the length is too short for one repetition of the filler on each side of the key.
         """
-        shortest = self.shortest()
+        shortest = len(self.shortest())
         if length < shortest:
             raise InputError(f"length is {length}: a passkey prompt needs at least {shortest} tokens")
         units = (length - shortest) // self._unit + 2
@@ -131,13 +132,15 @@ def found(text: str, key: int) -> bool:
     return digits is not None and int(digits[0]) == key
 
 
-def require_room(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
+def require_room(tokenizer: Any, vocab_size: int, lengths: Sequence[int], name: str) -> None:
     """Checks that a prompt and its answer fit in each length; `name` is what the message calls one.
 
     Raises:
-      InputError: naming the shortest length and what is needed.
+      InputError: naming the shortest length and what is needed, or a token of the prompt that the model lacks.
     """
-    shortest = PromptMaker(tokenizer).shortest() + NEW_TOKENS
+    prompt = PromptMaker(tokenizer).shortest()
+    require_known(prompt, tokenizer, vocab_size, "the passkey prompt")
+    shortest = len(prompt) + NEW_TOKENS
     if min(lengths) < shortest:
         raise InputError(
             f"{name} is {min(lengths)}: a passkey prompt and its answer need at least {shortest} tokens with this "
@@ -240,7 +243,7 @@ def passkey(args: Passkey) -> dict[str, Any]:
     lengths = args.lengths
     if not lengths and not args.grid_lengths:
         lengths = (config.max_position_embeddings,)
-    require_room(tokenizer, (*lengths, *args.grid_lengths), "length")
+    require_room(tokenizer, config.vocab_size, (*lengths, *args.grid_lengths), "length")
     generator = loaded.generator(max((*lengths, *args.grid_lengths)))
     results = [
         measure_distances(generator, tokenizer, n, args.distances, args.trials, args.seed, args.batch_tokens)

@@ -127,7 +127,7 @@ class Extension:
         for path in self.heldout.values():
             _, texts = perplexity.read_tokens([path], files, config.vocab_size, self.window)
             perplexity.check_windows(texts, (self.base, self.window), self.stride)
-        passkey.require_room(load_tokenizer(files), [self.window], "--window")
+        passkey.require_room(load_tokenizer(files), config.vocab_size, [self.window], "--window")
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "config.py"
             file.write_text(self.config())

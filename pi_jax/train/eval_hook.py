@@ -41,7 +41,8 @@ class Evaluation:
             self._heldout = names, documents, windows
         if self._config.passkey_lengths:
             self._tokenizer = load_tokenizer(files)
-            passkey.require_room(self._tokenizer, self._config.passkey_lengths, "evaluate.passkey_lengths")
+            lengths = self._config.passkey_lengths
+            passkey.require_room(self._tokenizer, model.vocab_size, lengths, "evaluate.passkey_lengths")
             warn_beyond_window(model, max(self._config.passkey_lengths))
 
     def __call__(self, model: Llama, mesh: jax.sharding.Mesh, step: int, logger: Metrics) -> dict[str, Any]:

@@ -122,6 +122,15 @@ def test_the_comparison_could_fail(ours, theirs):
     assert len(set(texts)) > 4 and not any("b" in t for t in texts)
 
 
+def test_a_mesh_gives_the_same(ours, model_folder, tasks, tmp_path):
+    files = [str(tasks / f"{n}.yaml") for n in ("choice", "free")]
+    out = tmp_path / "result.json"
+    words = ["--tasks", *files, "--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.context", "2", "--output", str(out)]
+    evaluate.main(["harness", "--model", model_folder, *words])
+    found = json.loads(out.read_text())["results"]
+    assert found == {task: ours[0]["results"][task] for task in ("pi_choice", "pi_free")}
+
+
 def test_race_middle_has_the_form_of_race(tmp_path):
     """Prompts of our task file equal those of the harness's `race` on the same passages."""
     import importlib.util

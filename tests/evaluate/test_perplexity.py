@@ -28,6 +28,17 @@ def test_every_token_is_scored_once_with_enough_before_it(length, window, stride
         assert w.first - w.start >= min(window - stride, w.first) and w.start % stride == 0
 
 
+@pytest.mark.parametrize("length", [100, 101, 102, 250])
+def test_disjoint_windows_score_what_has_something_before_it(length):
+    windows = list(sliding.sliding_windows(0, length, 100, 100))
+    scored = list(itertools.chain.from_iterable(range(w.first, w.stop) for w in windows))
+    assert scored == [i for i in range(length) if i % 100]
+    assert all(w.start % 100 == 0 and w.start < w.first < w.stop <= w.start + 100 for w in windows)
+    windows = list(sliding.sliding_windows(0, length, 100, 100, bos=True))
+    assert [i for w in windows for i in range(w.first, w.stop)] == list(range(length))
+    assert all(w.start == w.first for w in windows)
+
+
 @jax.jit
 def _log_probabilities(model, ids):
     return jax.nn.log_softmax(model.logits(model(ids, jnp.arange(ids.shape[1])[None])))
@@ -40,7 +51,7 @@ def _by_hand(model, tokens, window, stride, bos):
     stop = min(width, len(tokens))
     start, first = 0, 0 if bos is not None else 1
     while True:
-        for i in range(first, stop):
+        for i in range(max(first, start + (bos is None)), stop):
             context = ([bos] if bos is not None else []) + list(tokens[start:i])
             padded = np.zeros((1, window), np.int32)  # what comes after is out of sight
             padded[0, : len(context)] = context
@@ -50,20 +61,22 @@ def _by_hand(model, tokens, window, stride, bos):
         start, first, stop = start + stride, stop, min(start + stride + width, len(tokens))
 
 
-@pytest.mark.parametrize(("bos", "devices"), [(None, 1), (256, 4)])
-def test_losses_equal_those_by_hand(bos, devices):
+@pytest.mark.parametrize(
+    ("bos", "devices", "stride"), [(None, 1, 7), (256, 4, 7), (None, 1, 24), (256, 1, 23)], ids=str
+)
+def test_losses_equal_those_by_hand(bos, devices, stride):
     from pi_jax.config import MeshConfig
     from pi_jax.parallel import sharding
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     rng = np.random.default_rng(0)
-    documents = [rng.integers(0, 256, n).astype(np.int32) for n in (33, 9)]
+    documents = [rng.integers(0, 256, n).astype(np.int32) for n in (33, 9, 25)]
     with jax.set_mesh(mesh):
         model = Llama(extend(tiny_model_config(), RopeConfig("linear", 2.0)), COMPUTE, jax.random.key(0))
-        found = sliding.score_documents(model, documents, 24, 7, mesh, bos)
+        found = sliding.score_documents(model, documents, 24, stride, mesh, bos)
     alone = Llama(model.config, COMPUTE, jax.random.key(0))
     for tokens, losses in zip(documents, found, strict=True):
-        np.testing.assert_allclose(losses, _by_hand(alone, tokens, 24, 7, bos), atol=1e-4)
+        np.testing.assert_allclose(losses, _by_hand(alone, tokens, 24, stride, bos), atol=1e-4)
 
 
 def test_one_program_serves_a_window(mesh):
@@ -163,6 +176,73 @@ def test_bos_policies_against_transformers(model_folder, inputs, tmp_path, polic
     assert abs(ours["perplexity"] - ours["window_mean_perplexity"]) > 1e-4 * ours["perplexity"]
 
 
+def test_truncation_with_bos_is_yarns(model_folder, tmp_path):
+    """YaRN's `--truncate`: BOS and the first W - 1 tokens of each document in one forward pass, then the mean of means.
+
+    With W tokens of text there would be a second window for the last one."""
+    import torch
+    import transformers
+
+    texts = ["the grass is green and the sky is blue " * 5, "here we go. there and back again. " * 4, "x" * 97]
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    words = ("--model", model_folder, "--data", str(tmp_path / "text"), "--windows", "64", "--bos", "window")
+    results = []
+    for tokens in ("63", "64"):
+        out = tmp_path / f"{tokens}.json"
+        stride = () if tokens == "63" else ("--stride", "32")  # a single window is not moved
+        _run(*words, "--max-tokens", tokens, *stride, "--output", str(out))
+        results += json.loads(out.read_text())["results"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    means = []
+    for text in texts:
+        ids = torch.tensor([[256, *tokenizer(text, add_special_tokens=False)["input_ids"][:63]]])
+        with torch.no_grad():
+            means.append(model(ids, labels=ids).loss.item())
+    assert results[0]["tokens"] == 3 * 63 and results[0]["windows"] == 3
+    np.testing.assert_allclose(results[0]["window_mean_perplexity"], np.exp(np.mean(means)), rtol=1e-5)
+    np.testing.assert_allclose(results[0]["perplexity"], np.exp(np.mean(means)), rtol=1e-5)  # equally long documents
+    assert results[1]["windows"] == 6
+    assert abs(results[1]["window_mean_perplexity"] / np.exp(np.mean(means)) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["none", "window"])
+def test_disjoint_windows_against_transformers(model_folder, tmp_path, policy):
+    """Every window in a forward pass of its own."""
+    import torch
+    import transformers
+
+    text = "the grass is green and the sky is blue " * 5
+    (tmp_path / "a.txt").write_text(text)
+    out = tmp_path / "ours.json"
+    width = 48 if policy == "none" else 47
+    words = ("--windows", "48", "--stride", f"{width}", "--bos", policy, "--output", str(out))
+    _run("--model", model_folder, "--data", str(tmp_path / "a.txt"), *words)
+    ours = json.loads(out.read_text())["results"][0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    losses = []
+    for at in range(0, len(ids), width):
+        row = torch.tensor([([256] if policy == "window" else []) + ids[at : at + width]])
+        with torch.no_grad():
+            losses.append(torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none"))
+    assert ours["windows"] == len(losses) == 5 and ours["tokens"] == sum(map(len, losses))
+    np.testing.assert_allclose(ours["perplexity"], np.exp(torch.cat(losses).double().mean().item()), rtol=1e-5)
+
+
+def test_a_mesh_gives_the_same(model_folder, inputs, tmp_path):
+    words = ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "--stride", "32"]
+    words += ["--max-tokens", "200"]
+    found = []
+    for i, mesh in enumerate(((), ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.context", "2"))):
+        _run(*words, *mesh, "--output", str(tmp_path / f"{i}.json"))
+        found.append(json.loads((tmp_path / f"{i}.json").read_text())["results"][0]["perplexity"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 def test_an_interrupted_evaluation_goes_on(model_folder, inputs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "result.json"
     words = ["--model", model_folder, "--data", inputs["heldout"], "--windows", "64", "--stride", "32"]
@@ -217,7 +297,11 @@ def test_losses_of_another_evaluation_are_not_taken_up(tmp_path):
         ({"--windows": "100000"}, "longer than every document"),
         ({"--windows": "1"}, "windows"),
         ({"--stride": "0"}, "stride"),
-        ({"--stride": "64"}, "stride is 64: it must be shorter than the window, 64"),
+        ({"--stride": "65"}, "stride is 65: it must be at most the window, 64"),
+        (
+            {"--stride": "64", "--bos": "window"},
+            "stride is 64: it must be at most the 63 tokens of text in a window of 64 with BOS",
+        ),
         ({"--rope.kind": "cubic"}, "cubic"),
         ({"--output": "/proc/none/x.json"}, "cannot be written"),
     ],
@@ -236,8 +320,37 @@ def test_bad_input_is_one_sentence_and_status_2(model_folder, inputs, arguments,
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"--stride": "65"}, "stride is 65"),
+        ({"--windows": "128"}, "window 128 is longer than every document: --max-tokens is 100"),
+        ({"--windows": "102", "--bos": "window"}, "window 102 is longer than every document"),
+        ({"--output": "pyproject.toml/x.json"}, "pyproject.toml/x.json cannot be written"),
+    ],
+)
+def test_what_the_arguments_show_is_refused_before_anything_is_opened(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(command.LoadedModel, "open", lambda *_, **__: pytest.fail("the model was opened"))
+    right = {"--model": "m", "--data": "d.txt", "--windows": "64", "--max-tokens": "100", "--stride": "32"}
+    with pytest.raises(SystemExit) as stop:
+        _run(*itertools.chain.from_iterable((right | arguments).items()))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_the_text_shows_is_refused_before_the_weights_are_loaded(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.LoadedModel, "weights", property(lambda _: pytest.fail("the weights were loaded")))
+    (tmp_path / "a.txt").write_text("a" * 100)
+    words = ("--model", model_folder, "--data", str(tmp_path), "--windows", "102", "--stride", "32")
+    for bos in ("none", "window"):
+        with pytest.raises(SystemExit) as stop:
+            _run(*words, "--bos", bos)
+        assert stop.value.code == 2
+        told = f"window 102 is longer than every document (the longest has 100 tokens{' and BOS' * (bos == 'window')})"
+        assert told in capsys.readouterr().err
+
+
 def test_a_foreign_tokenizer_is_noticed(inputs):
-    with pytest.raises(InputError, match="260 tokens, but the model's vocab_size is 100"):
+    with pytest.raises(InputError, match="contains token .* but the model's vocab_size is 100"):
         command.read_tokens([inputs["heldout"]], inputs["tokenizer"], 100, 50)
 
 

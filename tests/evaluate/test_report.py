@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -95,6 +96,23 @@ def test_the_best_number_of_a_column_is_marked():
     table = Table(["model", "a", "b"], [["x", 2.0, 5.0], ["y", 1.5, None]], best="low")
     assert [[best for _, best in row] for row in table.shown()] == [[False, False, False], [False, True, False]]
     assert [[text for text, _ in row] for row in table.shown()] == [["x", "2.00", "5.00"], ["y", "1.50", "-"]]
+
+
+def test_without_matplotlib_the_extra_is_named(others, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith("pi_jax.evaluate.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["report", "--inputs", f"a={others}", "--output", str(tmp_path / "x.html")])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "error: the figures of a report need matplotlib: pip install 'pi_jax[eval]'\n"
+
+
+def test_the_markdown_must_be_writable_before_a_file_is_read(tmp_path, capsys):
+    (tmp_path / "x.md").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["report", "--inputs", "a=nothing.json", "--output", str(tmp_path / "x.html")])
+    assert stop.value.code == 2 and "x.md cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from pi_jax import cli, log
 from pi_jax.config import ModelConfig
 from pi_jax.errors import InputError, some
 from pi_jax.evaluate import result
-from pi_jax.evaluate.loaded import LoadedModel, ModelOptions, require_vocabulary
+from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
 from pi_jax.evaluate.perplexity.sliding import Partial, Window, identity, plan_windows, score_documents
 from pi_jax.model import Llama
 
@@ -110,16 +110,16 @@ def read_tokens(
       The names of the documents and their token ids.
 
     Raises:
-      InputError: if there is no text, or the tokenizer has more tokens than the model.
+      InputError: if there is no text, or it contains a token that the model lacks.
     """
-    from pi_jax.data import documents, prepare
+    from pi_jax.data import documents
+    from pi_jax.data import tokenizer as tokenizers
 
-    tokenizer = prepare.load_tokenizer(tokenizer_dir)
-    require_vocabulary(tokenizer, tokenizer_dir, vocab_size)
+    tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
     found = list(documents.read_documents(data, text_field))
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        return prepare.encode(tokenizer, texts, bos=False, eos=False)
+        return tokenizers.encode(tokenizer, texts, bos=False, eos=False)
 
     # Tokenize only the beginning of a long document; if that gives too few tokens, tokenize the complete document.
     cut = _CHARACTERS_A_TOKEN * max_tokens if max_tokens else None
@@ -128,6 +128,8 @@ def read_tokens(
     for i, whole in zip(short, encode([found[i].text for i in short]), strict=True):
         tokens[i] = whole
     kept = [(d.name, t[:max_tokens]) for d, t in zip(found, tokens, strict=True) if len(t) >= 2]
+    for name, ids in kept:
+        tokenizers.require_known(ids, tokenizer, vocab_size, name)
     if not kept:
         raise InputError(f"{', '.join(data)}: there is no text to evaluate on")
     if empty := [d.name for d, t in zip(found, tokens, strict=True) if len(t) < 2]:
@@ -135,34 +137,49 @@ def read_tokens(
     return [n for n, _ in kept], [t for _, t in kept]
 
 
-def warn_about_windows(model: ModelConfig, names: Sequence[str], documents: Sequence[np.ndarray], windows) -> None:
-    """Warns if a window exceeds the window of the model or the length of a document."""
+def warn_about_windows(
+    model: ModelConfig, names: Sequence[str], documents: Sequence[np.ndarray], windows: Sequence[int], bos: bool
+) -> None:
+    """Warns if a window, with BOS if `bos`, exceeds the window of the model or the length of a document."""
     if max(windows) > model.max_position_embeddings:
         log.warn(
             f"window {max(windows)} exceeds the window of the model, {model.max_position_embeddings} tokens "
             f"({model.rope}): expect a very large perplexity"
         )
     lengths = [len(tokens) for tokens in documents]
-    if short := [f"{n} ({length})" for n, length in zip(names, lengths, strict=True) if length < max(windows)]:
+    if short := [f"{n} ({length})" for n, length in zip(names, lengths, strict=True) if length + bos < max(windows)]:
         log.warn(f"shorter than a window of {max(windows)} tokens, so scored in one window: {some(short)}")
 
 
-def check_windows(documents: Sequence[np.ndarray], windows: Sequence[int], stride: int) -> int:
+def check_windows(documents: Sequence[np.ndarray], windows: Sequence[int], stride: int, bos: bool = False) -> int:
     """Checks the windows and returns the length of the longest document.
 
+    Args:
+      documents: token ids of each document.
+      windows: window sizes in tokens, with BOS.
+      stride: number of tokens by which a window advances.
+      bos: whether BOS is prepended to each window.
+
     Raises:
-      InputError: if a window is longer than all documents, or the stride is not shorter than a window.
+      InputError: if a window is longer than all documents, or the stride skips tokens.
     """
     longest = max(len(tokens) for tokens in documents)
-    if max(windows) > longest:
+    if max(windows) > longest + bos:
         raise InputError(
-            f"window {max(windows)} is longer than every document (the longest has {longest} tokens): "
-            "use longer text or a shorter window"
+            f"window {max(windows)} is longer than every document (the longest has {longest} tokens"
+            f"{' and BOS' if bos else ''}): use longer text or a shorter window"
         )
-    for window in windows:
-        if stride >= window < longest:
-            raise InputError(f"stride is {stride}: it must be shorter than the window, {window}")
+    _check_stride(windows, stride, bos, longest)
     return longest
+
+
+def _check_stride(windows: Sequence[int], stride: int, bos: bool, longest: int | None) -> None:
+    """Checks that windows over a document of `longest` tokens (None: unknown) skip none of them."""
+    for window in windows:
+        width = window - bos
+        if stride > width and (longest is None or longest > width):
+            text = f"the {width} tokens of text in a window of {window} with BOS" if bos else f"the window, {window}"
+            raise InputError(f"stride is {stride}: it must be at most {text}")
 
 
 def evaluate_model(
@@ -191,9 +208,9 @@ def evaluate_model(
         none.
 
     Raises:
-      InputError: if a window is longer than every document.
+      InputError: if a window is longer than every document, or the stride is longer than a window.
     """
-    longest = check_windows(documents, windows, stride)
+    longest = check_windows(documents, windows, stride, bos is not None)
     lengths = [len(tokens) for tokens in documents]
     plans = {window: plan_windows(lengths, window, stride, bos) for window in windows}
     saved = Partial(partial, identity(model, documents, bos)) if partial else None
@@ -248,7 +265,8 @@ class Perplexity(ModelOptions):
     windows: tuple[int, ...]
     """Window sizes in tokens."""
     stride: int = 256
-    """Number of tokens by which a window advances. A smaller stride gives tokens more context and takes longer."""
+    """Number of tokens by which a window advances, at most the window: windows are then disjoint. A smaller stride
+    gives tokens more context and takes longer."""
     max_tokens: int | None = None
     """Maximum number of tokens per document; the rest is cut off."""
     edges: tuple[int, ...] = ()
@@ -261,30 +279,35 @@ class Perplexity(ModelOptions):
     output: str = ""
     """Also write the result to this JSON file. An interrupted evaluation continues from FILE.partial."""
 
-    def __post_init__(self):
-        if self.stride < 1 or any(w < 2 for w in self.windows) or not self.windows:
-            raise InputError(
-                f"--windows is {self.windows} and --stride is {self.stride}: windows must be at least 2, and the "
-                "stride at least 1"
-            )
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise InputError(f"--max-tokens is {self.max_tokens}: it must be at least 2")
+
+def _check(args: Perplexity) -> None:
+    """Checks what the arguments alone show, before anything is read."""
+    if args.stride < 1 or any(w < 2 for w in args.windows) or not args.windows:
+        raise InputError(
+            f"--windows is {args.windows} and --stride is {args.stride}: windows must be at least 2, and the stride at "
+            "least 1"
+        )
+    if args.max_tokens is not None and args.max_tokens < 2:
+        raise InputError(f"--max-tokens is {args.max_tokens}: it must be at least 2")
+    if args.max_tokens is not None and max(args.windows) > args.max_tokens + (args.bos != "none"):
+        raise InputError(f"window {max(args.windows)} is longer than every document: --max-tokens is {args.max_tokens}")
+    longest = None if args.max_tokens is None else args.max_tokens + (args.bos == "document")
+    _check_stride(args.windows, args.stride, args.bos == "window", longest)
 
 
 def perplexity(args: Perplexity) -> dict[str, Any]:
     """Runs the command and returns its result."""
+    _check(args)
     loaded = LoadedModel.for_evaluation(args)
     source, shards = loaded.source, loaded.mesh.shape["context"]
     if uneven := [window for window in args.windows if window % shards]:
         raise InputError(f"window {uneven[0]} is not divisible by mesh.context {shards}: choose a multiple of it")
+    bos = loaded.bos if args.bos != "none" else None
     names, documents = read_tokens(args.data, source.files, source.config.vocab_size, args.max_tokens, args.text_field)
-    bos = source.config.bos_token_id
-    if args.bos != "none" and bos is None:
-        raise InputError(f"--bos is {args.bos}, but {source.files}/config.json has no bos_token_id")
     if args.bos == "document":  # BOS itself is not scored
         documents = [np.concatenate([[bos], tokens]) for tokens in documents]
-    check_windows(documents, args.windows, args.stride)
-    warn_about_windows(source.config, names, documents, args.windows)
+    check_windows(documents, args.windows, args.stride, args.bos == "window")
+    warn_about_windows(source.config, names, documents, args.windows, args.bos == "window")
     partial = f"{args.output}.partial" if args.output else ""
     with loaded.computing() as model:
         results = evaluate_model(

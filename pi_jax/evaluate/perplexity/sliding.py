@@ -3,7 +3,8 @@
 A window of W tokens starts at the beginning of a document and advances by S tokens. The last window ends with the
 document and may be shorter. The first window scores all its tokens except the very first; each later window scores only
 the tokens that it adds, which have at least W - S tokens before them. Hugging Face's documentation and the evaluators
-of YaRN and PoSE use the same windows (docs/evaluation.md describes how their averages differ).
+of YaRN and PoSE use the same windows (docs/evaluation.md describes how their averages differ). With S = W the windows
+are disjoint, and the first token of each has nothing before it: it is scored only with a BOS token.
 """
 
 import dataclasses
@@ -37,24 +38,33 @@ class Window:
     stop: int
 
 
-def sliding_windows(document: int, length: int, window: int, stride: int) -> Iterator[Window]:
-    """Yields the windows over a document of `length` tokens. Each token except the first is scored once."""
-    start, stop = 0, min(window, length)
-    yield Window(document, 0, 1, stop)
-    while stop < length:
-        start, first, stop = start + stride, stop, min(start + stride + window, length)
-        yield Window(document, start, first, stop)
+def sliding_windows(document: int, length: int, width: int, stride: int, bos: bool = False) -> Iterator[Window]:
+    """Yields the windows over a document of `length` tokens. Each token is scored at most once.
+
+    Args:
+      document: index of the document.
+      length: number of its tokens.
+      width: number of tokens of text in a window, without BOS.
+      stride: number of tokens by which a window advances, at most `width`.
+      bos: whether BOS precedes each window; otherwise, nothing predicts its first token.
+    """
+    start, scored, stop = 0, 0, min(width, length)
+    while True:
+        first = max(scored, start + (not bos))
+        if first < stop:  # false where the last token is alone in its window
+            yield Window(document, start, first, stop)
+        if stop == length:
+            return
+        start, scored, stop = start + stride, stop, min(start + stride + width, length)
 
 
 def plan_windows(lengths: Sequence[int], window: int, stride: int, bos: int | None = None) -> list[Window]:
     """Returns the windows over documents of the given lengths, those that score the most tokens first.
 
-    With a BOS token, a window contains one token of text fewer, and the first token of a document is scored too.
+    With a BOS token, a window contains one token of text fewer, and its first token can be scored too.
     """
     width = window - (bos is not None)
-    plan = [w for i, n in enumerate(lengths) for w in sliding_windows(i, n, width, stride)]
-    if bos is not None:
-        plan = [dataclasses.replace(w, first=0) if w.start == 0 else w for w in plan]
+    plan = [w for i, n in enumerate(lengths) for w in sliding_windows(i, n, width, stride, bos is not None)]
     return sorted(plan, key=lambda w: w.start > 0)  # windows in a batch then score similar ranges
 
 
@@ -70,7 +80,7 @@ def score_documents(
 ) -> list[Float[np.ndarray, " n"]]:
     """Computes the loss in nats of each token of each document; NaN for tokens that are not scored.
 
-    Without BOS, the first token of a document is not scored.
+    Without BOS, the first token of a document is not scored, nor that of a window if windows are disjoint.
 
     Args:
       model: model with its parameters on `mesh`.

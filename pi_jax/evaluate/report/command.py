@@ -37,16 +37,15 @@ class Report:
 
 def report(args: Report) -> None:
     """Runs the command."""
-    cli.require_writable(args.output)
-    sections = build(gather(args.inputs))
     page = pathlib.Path(args.output)
-    for file, text in (
-        (page, to_html(args.title, sections)),
-        (page.with_suffix(".md"), to_markdown(args.title, sections)),
-    ):
+    markdown = page.with_suffix(".md")
+    for file in (page, markdown):
+        cli.require_writable(str(file))
+    sections = build(gather(args.inputs))
+    for file, text in ((page, to_html(args.title, sections)), (markdown, to_markdown(args.title, sections))):
         with cli.new_file(file) as temporary:
             temporary.write_text(text)
-    print(f"{len(sections)} sections in {page} and {page.with_suffix('.md')}")
+    print(f"{len(sections)} sections in {page} and {markdown}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,10 +5,16 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pi_jax.errors import InputError
+
+try:
+    import matplotlib
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+except ModuleNotFoundError:
+    raise InputError("the figures of a report need matplotlib: pip install 'pi_jax[eval]'") from None
 
 matplotlib.use("Agg")
 _SETTINGS = {

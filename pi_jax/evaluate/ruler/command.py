@@ -11,7 +11,7 @@ from pi_jax import cli, log
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import AnswerOptions, LoadedModel, answer
-from pi_jax.evaluate.ruler.tasks import TASKS, THRESHOLD, make_samples, score
+from pi_jax.evaluate.ruler.tasks import TASKS, THRESHOLD, Setup, make_samples, require_room, score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ def _check(args: Ruler) -> None:
             raise InputError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
         if TASKS[name].essays and not args.essays:
             raise InputError(f"task {name} hides its needles in essays: pass text files with --essays")
+    cli.require_writable(args.output)  # before the essays are read
 
 
 def ruler(args: Ruler) -> dict[str, Any]:
@@ -48,18 +49,16 @@ def ruler(args: Ruler) -> dict[str, Any]:
     lengths = sorted(set(args.lengths))
     loaded = LoadedModel.for_evaluation(args)
     tokenizer, config = loaded.tokenizer, loaded.config
-    tokenizer.backend_tokenizer.no_truncation()
-
-    def tokenize(text: str) -> list[int]:
-        return list(tokenizer.backend_tokenizer.encode(text).ids)
-
-    samples = {(n, t): make_samples(t, args.samples, n, tokenize, essays, args.seed) for n in lengths for t in tasks}
+    setups = {n: Setup(n, loaded.encode_prompt, essays) for n in lengths}
+    for length in lengths:
+        for task in tasks:
+            require_room(task, setups[length], args.seed)
     generator = loaded.generator(lengths[-1])
     results, shown = [], []
     for length in lengths:
         scores = {}
         for task in tasks:
-            made = samples[length, task]
+            made = make_samples(task, args.samples, setups[length], args.seed)
             texts = answer(
                 generator,
                 tokenizer,
@@ -77,6 +76,7 @@ def ruler(args: Ruler) -> dict[str, Any]:
         config,
         protocol={
             "tasks": list(tasks),
+            "prompts": "NVIDIA, May 2025",
             "samples": args.samples,
             "decoding": "greedy",
             "threshold": THRESHOLD,

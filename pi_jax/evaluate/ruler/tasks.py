@@ -3,7 +3,8 @@
 Prompts, complexity and scoring follow NVIDIA's scripts (github.com/NVIDIA/RULER, scripts/data/synthetic): needles in a
 haystack of noise, essays or other needles; variable tracking; common and frequent words. A prompt is as long as the
 given length allows: the haystack grows in units (sentences, needles or words) and is never cut. Our choices: each
-sample has its own seed, and sentences of essays end where .!? is followed by white space.
+sample has its own seed and its own example, sentences of essays end where .!? is followed by white space, and word
+lists longer than the vocabulary of wonderwords are completed with compounds instead of another vocabulary.
 """
 
 import dataclasses
@@ -23,6 +24,12 @@ NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 THRESHOLD = 85.6
 """Average score that an effective length must reach: the score of Llama-2-7B at 4k."""
 _DEPTHS = [round(100 * i / 39) for i in range(40)]
+_EXAMPLE_TOKENS = 500
+"""Maximum number of tokens of the example of vt, without its answer."""
+_FREQUENT_NEW_TOKENS = 50
+"""Maximum number of tokens of an answer of fwe, on which its vocabulary depends."""
+_HOPS = 4
+"""Number of variables of vt that are assigned another variable."""
 _NIAH = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
     "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
@@ -54,8 +61,20 @@ class Sample:
     answers: tuple[str, ...]
 
 
-Make = Callable[[random.Random, int, int, str], Sample]
-"""Makes a sample from (random numbers, number of haystack units, length in tokens, text of the essays)."""
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all prompts of a length share."""
+
+    length: int
+    """Tokens of a prompt and its answer together."""
+    tokenize: Callable[[str], list[int]]
+    """Function from a text to its token ids."""
+    essays: str = ""
+    """Text of the essays, for the tasks that need it."""
+
+
+Make = Callable[[random.Random, int, Setup], Sample]
+"""Makes a sample from (random numbers, number of haystack units, setup)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +96,7 @@ class Task:
 def _needles(
     rng: random.Random,
     size: int,
-    length: int,
-    essays: str,
+    setup: Setup,
     *,
     haystack: str,
     keys: str = "words",
@@ -96,7 +114,7 @@ def _needles(
     needles = [NEEDLE.format(kind=kind, key=key, value=value) for key, values in hidden.items() for value in values]
     rng.shuffle(needles)
     if haystack == "essay":
-        context = _into_essay(rng, needles, essays, size)
+        context = _into_essay(rng, needles, setup.essays, size)
     else:
         hay = [NOISE] * size
         if haystack == "needle":
@@ -117,10 +135,11 @@ def _needles(
 
 def _into_essay(rng: random.Random, needles: Sequence[str], essays: str, words: int) -> str:
     sentences = re.split(r"(?<=[.!?])\s+", _first_words(essays, words))
-    depths = sorted(rng.sample(_DEPTHS, len(needles)), reverse=True)
-    for depth, needle in zip(depths, needles, strict=True):
-        sentences.insert(len(sentences) * depth // 100, needle)
-    return " ".join(sentences)
+    depths = sorted(rng.sample(_DEPTHS, len(needles)))
+    cuts = [0, *(len(sentences) * depth // 100 for depth in depths), len(sentences)]
+    # As in NVIDIA's script, an empty piece before, between or after needles adds a blank.
+    pieces = [" ".join(sentences[a:b]) for a, b in itertools.pairwise(cuts)]
+    return " ".join([text for pair in zip(pieces, needles, strict=False) for text in pair] + pieces[-1:])
 
 
 @functools.lru_cache(maxsize=4)
@@ -136,23 +155,32 @@ def _first_words(text: str, count: int) -> str:
 # ---- Variable tracking.
 
 
-def _tracking(rng: random.Random, size: int, length: int, essays: str) -> Sample:
-    example = _chain(rng, 10, letters=3)
+def _tracking(rng: random.Random, size: int, setup: Setup) -> Sample:
+    example = _chain(rng, _example_size(setup.tokenize), letters=3)
     asked = _chain(rng, size, letters=5)
-    return Sample(f"{example.text}{' '.join(example.answers)}\n\n{asked.text}", asked.answers)
+    # Two blanks, as NVIDIA has it: the prompt ends with one, and the first token of an answer usually has another.
+    return Sample(f"{example.text} {' '.join(example.answers)}\n\n{asked.text}", asked.answers)
 
 
-def _chain(rng: random.Random, size: int, letters: int, hops: int = 4) -> Sample:
+@functools.lru_cache(maxsize=1)
+def _example_size(tokenize: Callable[[str], list[int]]) -> int:
+    """Returns the number of noise sentences in the example: as many as fit, whatever the length of the prompt."""
+    return _largest(
+        lambda size: len(tokenize(_chain(random.Random(0), size, letters=3).text)) <= _EXAMPLE_TOKENS, _HOPS + 1
+    )
+
+
+def _chain(rng: random.Random, size: int, letters: int) -> Sample:
     names: list[str] = []
-    while len(names) < hops + 1:
+    while len(names) < _HOPS + 1:
         name = "".join(rng.choices(string.ascii_uppercase, k=letters))
         names += [name] if name not in names else []
     value = str(rng.randint(10000, 99999))
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names))]
-    hay = [NOISE + "\n"] * size
+    hay = [NOISE] * size
     for i, at in enumerate(sorted(rng.sample(range(size), len(chain)))):
         hay.insert(at + i, chain[i])
-    return Sample(_TRACKING.format(context=" ".join(hay), query=value, count=len(names)), tuple(names))
+    return Sample(_TRACKING.format(context="\n".join(hay), query=value, count=len(names)), tuple(names))
 
 
 # ---- Common and frequent words.
@@ -167,8 +195,21 @@ def _words(category: str) -> list[str]:
     return sorted(RandomWord().filter(include_categories=[category]))
 
 
-def _common(rng: random.Random, size: int, length: int, essays: str) -> Sample:
-    long = length >= 4096
+@functools.cache
+def _vocabulary() -> list[str]:
+    return sorted({*_words("nouns"), *_words("adjectives"), *_words("verbs")})
+
+
+def _different_words(rng: random.Random, count: int) -> list[str]:
+    """Draws words of cwe. Those that the vocabulary lacks are compounds, like the keys of the needles."""
+    words = dict.fromkeys(_vocabulary())
+    while len(words) < count:
+        words[f"{rng.choice(_words('adjectives'))}-{rng.choice(_words('nouns'))}"] = None
+    return rng.sample(list(words), count)
+
+
+def _common(rng: random.Random, size: int, setup: Setup) -> Sample:
+    long = setup.length >= 4096
     example = _list(rng, *((40, 10, 3) if long else (20, 3, 1)))
     asked = _list(rng, size, *((30, 3) if long else (6, 1)))
     right = " ".join(f"{i}. {word}" for i, word in enumerate(example.answers, 1))
@@ -176,22 +217,18 @@ def _common(rng: random.Random, size: int, length: int, essays: str) -> Sample:
 
 
 def _list(rng: random.Random, words: int, often: int, seldom: int, common: int = 10) -> Sample:
-    known = sorted({*_words("nouns"), *_words("adjectives"), *_words("verbs")})
-    if words > len(known):
-        raise InputError(f"task cwe needs {words} different words for this length, but there are only {len(known)}")
-    chosen = rng.sample(known, words)
+    chosen = _different_words(rng, words)
     shuffled = chosen[:common] * often + chosen[common:] * seldom
     rng.shuffle(shuffled)
     context = " ".join(f"{i}. {word}" for i, word in enumerate(shuffled, 1))
     return Sample(_COMMON.format(context=context), tuple(chosen[:common]))
 
 
-def _frequent(rng: random.Random, size: int, length: int, essays: str, alpha: float = 2.0) -> Sample:
-    vocabulary: list[str] = []
-    while len(vocabulary) < max(length // 50, 4):
-        word = "".join(rng.choices(string.ascii_lowercase, k=6))
-        vocabulary += [word] if word not in vocabulary else []
-    vocabulary[0] = "..."  # the most frequent word is noise
+def _frequent(rng: random.Random, size: int, setup: Setup, alpha: float = 2.0) -> Sample:
+    words: dict[str, None] = {}
+    while len(words) < max((setup.length - _FREQUENT_NEW_TOKENS) // 50, 4):
+        words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
+    vocabulary = ["...", *list(words)[1:]]  # the most frequent word is noise
     zeta = math.pi**2 / 6  # zeta(alpha) for alpha = 2
     text = [word for k, word in enumerate(vocabulary, 1) for _ in range(int(size * k**-alpha / zeta))]
     rng.shuffle(text)
@@ -212,55 +249,67 @@ TASKS = {
     "niah_multikey_3": _niah("needle", keys="uuids", kind="uuids"),
     "niah_multivalue": _niah("essay", num_values=4),
     "niah_multiquery": _niah("essay", num_queries=4),
-    "vt": Task(_tracking, 30, least=6),
+    "vt": Task(_tracking, 30, least=_HOPS + 1),
     "cwe": Task(_common, 120, least=20),
-    "fwe": Task(_frequent, 50, least=50),
+    "fwe": Task(_frequent, _FREQUENT_NEW_TOKENS, least=50),
 }
 """Name of each task -> the task. qa_1 and qa_2 are missing because their questions must be downloaded."""
 
 
-def make_samples(
-    name: str, count: int, length: int, tokenize: Callable[[str], list[int]], essays: str, seed: int
-) -> list[tuple[list[int], Sample]]:
-    """Makes prompts of a task. Each prompt is as long as possible while it and its answer fit in `length` tokens.
+def _largest(fits: Callable[[int], bool], least: int) -> int:
+    """Returns the largest size that fits, at least `least`: doubled until it does not fit, then bisected."""
+    low, high = least, 2 * least
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _build(name: str, setup: Setup, seed: int, index: int, size: int) -> tuple[list[int], Sample]:
+    sample = TASKS[name].make(random.Random(f"{seed} {name} {setup.length} {index}"), size, setup)
+    return setup.tokenize(sample.text), sample
+
+
+def require_room(name: str, setup: Setup, seed: int) -> None:
+    """Checks that the smallest prompt of a task and its answer fit.
+
+    Raises:
+      InputError: if they do not.
+    """
+    task = TASKS[name]
+    need = len(_build(name, setup, seed, 0, task.least)[0]) + task.new_tokens
+    if need > setup.length:
+        raise InputError(
+            f"length {setup.length} is too short for task {name}: the smallest prompt and its answer need {need}"
+        )
+
+
+def make_samples(name: str, count: int, setup: Setup, seed: int) -> list[tuple[list[int], Sample]]:
+    """Makes prompts of a task, as token ids and text, each as long as possible while it and its answer fit.
 
     Args:
       name: name of the task.
       count: number of prompts.
-      length: length in tokens.
-      tokenize: function from a text to its token ids.
-      essays: text of the essays, for the tasks that need it.
+      setup: length in tokens, tokenizer and essays.
       seed: random seed.
 
     Raises:
       InputError: if a prompt with the smallest haystack is too long.
     """
+    require_room(name, setup, seed)
     task = TASKS[name]
-
-    def build(index: int, size: int) -> tuple[list[int], Sample]:
-        sample = task.make(random.Random(f"{seed} {name} {length} {index}"), size, length, essays)
-        return tokenize(sample.text), sample
-
-    def fits(index: int, size: int) -> bool:
-        return len(build(index, size)[0]) + task.new_tokens <= length
-
-    if not fits(0, task.least):
-        need = len(build(0, task.least)[0]) + task.new_tokens
-        raise InputError(
-            f"length {length} is too short for task {name}: the smallest prompt and its answer need {need}"
-        )
-    low, high = task.least, 2 * task.least
-    while fits(0, high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(0, middle) else (low, middle)
+    room = setup.length - task.new_tokens
+    largest = _largest(lambda size: len(_build(name, setup, seed, 0, size)[0]) <= room, task.least)
     samples = []
     for index in range(count):
-        size = low
-        while size > task.least and not fits(index, size):
+        size = largest
+        made = _build(name, setup, seed, index, size)
+        while len(made[0]) > room and size > task.least:
             size = max(task.least, size - max(1, size // 100))
-        samples.append(build(index, size))
+            made = _build(name, setup, seed, index, size)
+        samples.append(made)
     return samples
 
 
