@@ -64,9 +64,9 @@ def test_extend_leaves_a_model_results_and_a_page(extension):
     page = (extension.output / "report.html").read_text()
     assert "<title>model: 64 to 512 tokens</title>" in page
     assert not re.search(r"(src|href)=\"?https?:|url\((?!#)|@import|<script", page)  # opens without a network
-    assert page.count('<li class="yes"><b>') + page.count('<li class="no"><b>') == 5
+    assert page.count('<li class="yes"><b>') + page.count('<li class="no"><b>') == 6
     claims = json.loads((extension.output / "verdict.json").read_text())
-    assert len(claims) == 3 + 2
+    assert len(claims) == 3 + 3
 
 
 def test_a_second_call_does_nothing_again(extension, capsys):
@@ -171,7 +171,7 @@ def test_a_number_of_tokens_may_have_a_unit():
 
 
 def test_claims_follow_the_numbers(extension, monkeypatch):
-    """Both ways: with the paper's own numbers all claims hold, with a failed run none of those about tuning does."""
+    """Both ways, with one claim of recovery for each of the two texts: with the paper's own numbers all claims hold, with a failed run none of those about tuning does."""
 
     def given(perplexities, keys):
         def entry(_, variant, text, window):
@@ -188,8 +188,8 @@ def test_claims_follow_the_numbers(extension, monkeypatch):
 
     table = {("base", 64): 7.2, ("base", 512): 1500.0, ("untuned", 512): 16.1, ("tuned-4", 512): 6.95}
     keys = {"tuned-2": 512, "tuned-4": 512, "direct-4": 128}
-    assert given(table, keys) == [True] * 5
-    assert given(table | {("base", "end"): 8.0}, keys) == [False, True, True, True, True]
-    assert given(table | {("untuned", "end"): 40.0}, keys) == [True, False, True, True, True]
-    assert given(table | {("tuned-4", 512): 7.3}, keys | {"tuned-4": 256}) == [True, True, False, False, True]
+    assert given(table, keys) == [True] * 6
+    assert given(table | {("base", "end"): 8.0}, keys) == [False, True, True, True, True, True]
+    assert given(table | {("untuned", "end"): 40.0}, keys) == [True, False, True, True, True, True]
+    assert given(table | {("tuned-4", 512): 7.3}, keys | {"tuned-4": 256}) == [True, True, False, False, False, True]
     assert given(table, keys | {"tuned-4": 128})[-1] is False
