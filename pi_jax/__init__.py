@@ -13,4 +13,11 @@ In six lines (docs/api.md has the rest):
 `python -m pi_jax.NAME --help`.
 """
 
+import sys
+
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # `python -m pi_jax...` is looking for its module, whose imports come next
+    from pi_jax import dependencies
+
+    dependencies.require()

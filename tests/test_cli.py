@@ -1,12 +1,22 @@
 """One way in for all commands."""
 
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
 import jax
 import pytest
 
 import pi_jax
-from pi_jax import cli
+from pi_jax import cli, dependencies
 from pi_jax.convert.open import open_model
 from pi_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = str(pathlib.Path(sys.executable).with_name("pi-jax"))
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -24,9 +34,34 @@ def test_an_unknown_command_names_those_there_are(capsys):
     assert stop.value.code == 2 and "train" in capsys.readouterr().err
 
 
-def test_the_version_is_printed(capsys):
-    cli.main(["--version"])
-    assert capsys.readouterr().out.startswith(f"pi_jax {pi_jax.__version__}, jax {jax.__version__}")
+@pytest.mark.parametrize("command", [(sys.executable, "-m", "pi_jax"), (SCRIPT,)], ids=["module", "script"])
+def test_the_version_is_printed(command):
+    done = subprocess.run([*command, "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"pi_jax {pi_jax.__version__}, jax {jax.__version__}\n"
+
+
+@pytest.mark.parametrize("module", ["pi_jax", "pi_jax.train", "pi_jax.evaluate", "pi_jax.prepare"])
+def test_outside_the_environment_a_command_is_one_sentence(module):
+    """-S leaves out site-packages."""
+    command = [sys.executable, "-S", "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    wanted = f"error: pi_jax's dependency jax is not installed in {sys.executable}: activate the environment"
+    assert done.stderr.startswith(wanted) and done.stderr.count("\n") == 1
+
+
+def test_any_missing_dependency_is_named(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "grain" else found(name))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train"])
+    assert stop.value.code == 2 and "dependency grain is not installed" in capsys.readouterr().err
+
+
+def test_every_dependency_is_checked():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]]
+    assert [name.removesuffix("-checkpoint") for name in names] == list(dependencies.MODULES)
 
 
 def test_a_name_on_the_hub_gets_its_download_command():

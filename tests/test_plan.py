@@ -73,11 +73,39 @@ def test_topologies_that_do_not_exist_are_refused(text, message):
         topology.parse(text)
 
 
-def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("h100:8", "v5p:8"):
-        with pytest.raises(InputError, match=r"pip install 'pi_jax\[compilers\]'"):
-            topology.parse(name).devices()
+@pytest.mark.parametrize("name", ["h100:8", "v5p:8"])
+def test_a_missing_compiler_is_said_before_anything_else(name, monkeypatch, capsys):
+    monkeypatch.setattr(topology, "_installed", lambda module: False)
+    with pytest.raises(InputError, match=r"pip install 'pi_jax\[compilers\]'"):
+        topology.parse(name).devices()
+    with pytest.raises(SystemExit) as stop:
+        plan_main(["--config", "configs/smollm2_16k.py", "--topology", name])  # its base model is not there, either
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    assert printed.err.startswith(f"error: --topology {name}: the compiler for ") and printed.err.count("\n") == 1
+
+
+def test_a_step_that_the_compiler_refuses_as_too_large_does_not_fit(monkeypatch):
+    """As libtpu does."""
+    message = "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (29.16G) exceeds available HBM"
+
+    class Step:
+        def trace(self, *_):
+            return self
+
+        def lower(self, **_):
+            return self
+
+        def compile(self, **_):
+            raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(memory.step, "make_step", lambda _: Step())
+    found = _plan()
+    assert found.peak == int(29.16 * 2**30) and not found.fits and found.collectives is None
+    assert found.alone["loss"] > 0
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        _plan()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -91,6 +119,7 @@ def test_every_config_loads_and_says_how_to_run_it(path):
 def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     here = topology.Chip("cpu", 2**30)
     monkeypatch.setitem(topology.CHIPS, "v5e", here)
+    monkeypatch.setattr(topology.Topology, "require_compiler", lambda self: None)
     monkeypatch.setattr(topology.Topology, "devices", lambda self: jax.devices()[: self.count])
     output = tmp_path / "plan.json"
     config = str(CONFIGS[0].parent / "tiny.py")
@@ -126,6 +155,7 @@ def test_smoke_plans_a_config_that_starts_from_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_command, "plan", run)
     monkeypatch.setattr(plan_command.sharding, "make_mesh", lambda *_: None)
     monkeypatch.setattr(plan_command.topology.Topology, "devices", lambda _: [])
+    monkeypatch.setattr(plan_command.topology.Topology, "require_compiler", lambda _: None)
     with pytest.raises(SystemExit):
         plan_main(["--config", "configs/llama2_7b_32k.py", "--smoke", "--topology", "v5e:8"])
     assert planned["model"].hidden_size == 64

@@ -1,7 +1,10 @@
 """Every experiment in `configs/` compiled for the machines it is meant for: `make test-compiled`."""
 
 import dataclasses
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +69,23 @@ def test_activations_grow_with_the_window_no_faster_than_the_window():
     ]
     fixed = sum(peaks[0].parts[name] for name in ("parameters", "moments", "gradients"))
     assert peaks[1].peak - fixed <= 2.1 * (peaks[0].peak - fixed)
+
+
+@pytest.mark.parametrize(
+    "config, topology, options",
+    [
+        ("65b_8k", "h100:8", ("--data.batch-size", "8", "--compute.gradient-accumulation-steps", "1")),
+        ("llama2_7b_32k", "v5e:8", ()),
+        ("tiny", "v5e:8", ()),
+    ],
+)
+def test_the_command_prints_its_plan_and_nothing_else(config, topology, options):
+    """Whether the step fits or not; the compilers themselves would print warnings and stack traces."""
+    command = [sys.executable, "-m", "pi_jax.plan", "--config", f"configs/{config}.py", "--topology", topology]
+    unset = ("JAX_PLATFORMS", "XLA_FLAGS", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TF_CPP_MIN_LOG_LEVEL")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    done = subprocess.run(
+        [*command, *options], cwd=CONFIGS.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "" and done.returncode == (0 if config == "tiny" else 1)
+    assert ("does NOT fit" in done.stdout) == (config != "tiny")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from pi_jax import tiny
 from pi_jax.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -29,9 +30,10 @@ from pi_jax.convert.__main__ import Convert, convert
 from pi_jax.convert.formats import hf
 from pi_jax.convert.open import open_model
 from pi_jax.data.pipeline import open_pipeline
+from pi_jax.data.prepare import Options, prepare
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
-from pi_jax.tiny import tiny_model_config
+from pi_jax.tiny import tiny_model_config, tiny_text
 from pi_jax.train import loop, resolve
 from pi_jax.train.__main__ import main as train_main
 
@@ -143,6 +145,16 @@ def test_a_resumed_run_continues_to_the_bit(config, tmp_path):
     assert sorted(resumed) == sorted(whole) == [1, 2, 3, 4, 5, 6]
     assert [resumed[s] for s in (1, 2, 3, 4)] == [whole[s] for s in (1, 2, 3, 4)]
     np.testing.assert_allclose([resumed[5], resumed[6]], [whole[5], whole[6]], rtol=1e-6)
+
+
+def test_moments_on_the_host_are_saved_and_restored(config, tmp_path):
+    loop.train(config)
+    there = _with(config, train={"output": str(tmp_path / "offloaded"), "steps": 3}, optimizer={"offload": True})
+    loop.train(there)
+    loop.train(_with(there, train={"steps": 5}))
+    loop.train(_with(there, train={"steps": 6}, optimizer={"offload": False}))
+    offloaded, whole = _losses(there), _losses(config)
+    np.testing.assert_allclose([offloaded[s] for s in whole], list(whole.values()), rtol=1e-6)
 
 
 def test_a_run_resumed_on_the_same_mesh_has_equal_parameters_to_the_bit(config, tmp_path, mesh):
@@ -332,13 +344,71 @@ def test_reading_a_run_touches_nothing_in_it(config, mesh):
 
 def test_resuming_with_other_data_or_model_is_refused(config):
     config = _with(config, train={"steps": 2})
-    loop.train(config, config)
-    with pytest.raises(InputError, match="data.seed 0, but the config has 5"):
-        loop.train(_with(config, data={"seed": 5}), config)
-    with pytest.raises(InputError, match="model.rms_norm_eps 1e-05, but the config has 1e-06"):
-        loop.train(_with(config, model={"rms_norm_eps": 1e-6}), config)
+    loop.train(config)
+    recorded = pathlib.Path(config.train.output, "config.json").read_bytes()
+    for sections, changed in (
+        ({"data": {"seed": 5}, "rope": {"factor": 4.0}}, "data.seed: 0 -> 5, rope.factor: 2 -> 4"),
+        ({"rope": {"kind": "ntk"}}, "rope.kind: linear -> ntk"),
+        ({"model": {"rms_norm_eps": 1e-6, "hidden_size": 32}}, "hidden_size: 64 -> 32, model.rms_norm_eps: 1e-05 -> "),
+        ({"optimizer": {"moment_dtype": "bfloat16"}}, "optimizer.moment_dtype: float32 -> bfloat16"),
+    ):
+        with pytest.raises(InputError, match=f"holds checkpoints of a run with other settings .*{changed}.*: restore"):
+            loop.train(_with(config, **sections))
     with pytest.raises(InputError, match=r"train.steps is 1, but .* is at 2"):
-        loop.train(_with(config, train={"steps": 1}), config)
+        loop.train(_with(config, train={"steps": 1}))
+    assert pathlib.Path(config.train.output, "config.json").read_bytes() == recorded
+
+
+def test_a_resume_with_other_text_or_without_config_json_is_refused_by_its_digest(config, inputs, tmp_path):
+    config = _with(config, train={"steps": 2})
+    loop.train(config)
+    pathlib.Path(config.train.output, "config.json").unlink()
+    with pytest.raises(InputError, match=r"rope: Linear\(.*factor=2.0\) -> Linear\(.*factor=4.0\)\)"):
+        loop.train(_with(config, rope={"factor": 4.0}))
+    text = str(tmp_path / "other")
+    tiny_text(text, first_seed=500)
+    store = str(tmp_path / "tokens")
+    prepare(Options(input=(text,), tokenizer=inputs["tokenizer"], output=store))
+    with pytest.raises(InputError, match=r"data.sources: \[\['\w{12}', 1.0\]\] -> \[\['\w{12}', 1.0\]\]\)"):
+        loop.train(_with(config, data={"sources": (store,)}))
+
+
+def test_what_changes_at_a_resume_is_printed_and_earlier_configs_are_kept(config, capsys):
+    run = pathlib.Path(config.train.output)
+    loop.train(_with(config, train={"steps": 2}))
+    first = (run / "config.json").read_bytes()
+    assert json.loads(first)["first_step"] == 1 and not (run / "configs").exists()
+    capsys.readouterr()
+    loop.train(_with(config, train={"steps": 4}, optimizer={"learning_rate": 1e-3, "max_grad_norm": 0.0}))
+    printed = capsys.readouterr().out.split("Changed since the run was last started:\n")[1].splitlines()
+    assert printed[:3] == [
+        "  optimizer.learning_rate: 0.003 -> 0.001",
+        "  optimizer.max_grad_norm: 1 -> 0",
+        "  train.steps: 2 -> 4",
+    ]
+    assert not printed[3].startswith("  ")
+    second = (run / "config.json").read_bytes()
+    assert json.loads(second)["first_step"] == 3
+    for _ in range(2):  # the second time, nothing changed: the run had been interrupted
+        loop.train(config)
+        (run / "result.json").unlink()
+    assert json.loads((run / "config.json").read_bytes())["first_step"] == 5
+    assert {p.name: p.read_bytes() for p in (run / "configs").iterdir()} == {"1.json": first, "2.json": second}
+
+
+@pytest.mark.parametrize(
+    ("sections", "reaches"),
+    [
+        ({"rope": {"factor": 4.0}}, "128 of the window of 256 tokens"),
+        ({"rope": {"factor": 32.0}, "data": {"pose_window": 1024}}, "1,024 of the window of 2,048 tokens"),
+        ({"rope": {"factor": 4.0}, "data": {"pose_window": 256}}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_window_that_is_trained_in_part_is_said(config, sections, reaches, capsys):
+    loop.train(_with(config, train={"steps": 1}, **sections))
+    warnings = capsys.readouterr().err
+    assert ("warning: Training sequences reach" in warnings) == bool(reaches) and reaches in warnings
 
 
 def test_a_hidden_transfer_in_the_loop_is_an_error(config, monkeypatch):
@@ -363,6 +433,15 @@ def test_steps_are_profiled_on_request(config, tmp_path, capsys):
         ProfileConfig(steps="3:2")
 
 
+@pytest.mark.parametrize(("steps", "warned"), [("1:2", True), ("2:4", True), ("5:9", True), ("3:3", False)])
+def test_a_profile_of_steps_that_the_run_does_not_have_is_a_warning(config, steps, warned, capsys):
+    loop.train(_with(config, train={"steps": 2}))
+    loop.train(_with(config, train={"steps": 4}, profile={"steps": steps}))
+    message = f"profile.steps is '{steps}', but this run has the steps 3 to 4: nothing is traced"
+    assert (message in capsys.readouterr().err) == warned
+    assert pathlib.Path(config.train.output, "profile").exists() == (not warned)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(config):
     config = _with(config, optimizer={"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0})
     with pytest.raises(FloatingPointError):
@@ -383,6 +462,32 @@ def test_every_config_can_be_smoked(file, tmp_path, monkeypatch):
     """On any number of local devices, whatever cluster the config is for."""
     monkeypatch.chdir(tmp_path)
     resolve.resolve(smoke(load_config(str(file))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_runs_in_miniature(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_main(["--config", str(file), "--smoke"])
+    (result,) = tmp_path.glob("runs/*/result.json")
+    assert json.loads(result.read_text())["steps"] == 8
+
+
+def test_runs_that_start_at_once_share_the_built_in_inputs(tmp_path, monkeypatch):
+    """Another process finishes while this one is making its own."""
+    make, folder = tiny._make_inputs, tmp_path / "inputs"
+
+    def make_with_company(ours):
+        make(ours)
+        make(folder)
+
+    monkeypatch.setattr(tiny, "_make_inputs", make_with_company)
+    assert pathlib.Path(tiny.tiny_inputs(folder)["model"], "config.json").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+    monkeypatch.setattr(tiny, "_make_inputs", lambda ours: ours.mkdir())
+    (folder / "model").rename(folder / "lost")
+    with pytest.raises(InputError, match="inputs is not empty, but has no tiny model: remove the folder"):
+        tiny.tiny_inputs(folder)
 
 
 def test_smoke_runs_every_path(tmp_path, monkeypatch):

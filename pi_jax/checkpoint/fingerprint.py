@@ -49,7 +49,8 @@ def fingerprint_of_part(x: np.ndarray, first: int = 0) -> int:
 
 @jax.jit
 def _fingerprints(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    return {name: _fingerprint(x) for name, x in leaves.items()}
+    on_device = jax.device_put(leaves, jax.memory.Space.Device)
+    return {name: _fingerprint(x) for name, x in on_device.items()}
 
 
 def fingerprint(state: Any) -> dict[str, int]:
@@ -59,7 +60,11 @@ def fingerprint(state: Any) -> dict[str, int]:
       FloatingPointError: if an array contains values that are not finite, so that such a state never replaces a good
         checkpoint.
     """
-    found = jax.device_get(_fingerprints(trees.by_name(state)))
+    leaves = trees.by_name(state)
+    offloaded = [name for name, x in leaves.items() if jax.typeof(x).memory_space == jax.memory.Space.Host]
+    found = jax.device_get(_fingerprints({name: x for name, x in leaves.items() if name not in offloaded}))
+    for name in offloaded:  # one at a time, as the device does not have room for all of them
+        found |= jax.device_get(_fingerprints({name: leaves[name]}))
     bad = [name for name, (_, finite) in found.items() if not finite]
     if bad:
         raise FloatingPointError(f"not finite: {', '.join(bad[:5])}")

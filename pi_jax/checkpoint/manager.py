@@ -9,6 +9,7 @@ Layers are stacked in one array. On disk each layer is a separate chunk, so a mo
 a time (`Checkpoints.open_weights`, `WeightsWriter`). Conversion relies on this to keep memory low.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -86,6 +87,14 @@ class Checkpoints:
         response = self._checkpointer.save_async(step, trees.by_name(state), force=True, custom_metadata=metadata)
         if last:
             response.result()
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns what was saved with the newest checkpoint whose metadata can be read; {} if there is none."""
+        for step in self.steps():
+            with contextlib.suppress(InputError):
+                if metadata := self._stored(step)[0]:
+                    return metadata
+        return {}
 
     def restore(self, template: Any, prefix: str = "") -> Restored | None:
         """Restores the newest usable checkpoint; returns None if there are no checkpoints.

@@ -63,7 +63,7 @@ def llama(name: str, window: int, interpolate: bool = True) -> Config:
     return Config(
         model=model,
         rope=RopeConfig("linear", window / model.max_position_embeddings) if interpolate else RopeConfig(),
-        # One row at a time on each of the paper's devices.
+        # One sequence at a time on each of the paper's devices.
         compute=ComputeConfig(gradient_accumulation_steps=2 if small else 1),
         data=DataConfig(
             sources=("data/long" if window > 32768 else "data/pile",), window=window, batch_size=64 if small else 128

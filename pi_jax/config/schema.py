@@ -118,7 +118,7 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how documents become rows."""
+    """What is read, and how documents become sequences."""
 
     sources: tuple[str, ...] = ()
     """Token stores made by `pi_jax.prepare`; 'STORE@2.5' gives one a weight in the mixture."""
@@ -135,8 +135,8 @@ class DataConfig:
     mask_prompts: bool = False
     """Give weight 0 to the prompt of each document (`prepare --prompt-field`): the loss is on what follows it only."""
     pose_window: int = 0
-    """Train for a window of this many tokens on rows of only `window` (PoSE): a jump at a random place of each row lets
-    its positions reach that far. 0: off."""
+    """Train for a window of this many tokens on sequences of only `window` (PoSE): a jump at a random place of each
+    sequence lets its positions reach that far. 0: off."""
     require_long_documents: bool = True
     """Refuse a source in which no document fills the window: nothing would train the long distances."""
     seed: int = 0

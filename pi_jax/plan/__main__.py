@@ -33,6 +33,7 @@ class Arguments:
 def run(arguments: Arguments, config: Config) -> bool:
     """Prints the plan and returns whether the step fits."""
     cluster = topology.parse(arguments.topology)
+    cluster.require_compiler()
     if arguments.output:
         cli.require_writable(arguments.output)
     if config.model:  # a plan needs no weights, so the folder of the base model does not have to exist

@@ -8,6 +8,7 @@ shardings; the total is the compiler's. The command is `python -m pi_jax.plan --
 import dataclasses
 import functools
 import math
+import re
 import time
 from typing import Any
 
@@ -59,7 +60,8 @@ class Plan:
     seconds: tuple[float, float]
     """Duration of a step in seconds, at the upper and the lower value of `MFU`."""
     collectives: dict[str, dict[str, int]] | None
-    """Kind -> {'count', 'bytes'} of a step on one device; None if the HLO text cannot be read."""
+    """Kind -> {'count', 'bytes'} of a step on one device; None if the step did not compile or its HLO text cannot be
+    read."""
     compile_seconds: float
 
     @property
@@ -89,14 +91,17 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
         state = abstract.abstract_state(weights, optimizer, mesh)
         batch = abstract.abstract_batch(config.data, mesh)
         before = time.monotonic()
-        compiled = _compile(step.make_step(optimizer), (state, batch), gpu)
+        try:
+            compiled = _compile(step.make_step(optimizer), (state, batch), gpu)
+            stats, found = compiled.memory_analysis(), _collectives(compiled)
+            peak, host = _peak(stats), stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes
+        except _TooLargeError as error:
+            peak, host, found = error.needed, 0, None
         seconds = time.monotonic() - before
         alone = {
-            "loss": _besides_inputs(_compile(*_loss_alone(config, model, mesh, weights), gpu)),
-            "attention": _besides_inputs(_compile(*_attention_alone(config, model, mesh), gpu)),
+            "loss": _besides_inputs(*_loss_alone(config, model, mesh, weights), gpu),
+            "attention": _besides_inputs(*_attention_alone(config, model, mesh), gpu),
         }
-    stats = compiled.memory_analysis()
-    peak = _peak(stats)
     parts = {
         "parameters": _bytes(state.model),
         "moments": 0 if config.optimizer.offload else _bytes(state.opt_state),
@@ -118,12 +123,21 @@ def plan(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, memory: in
         memory=memory,
         parts=parts,
         alone=alone,
-        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
+        host=host,
         flops=flops,
         seconds=(flops / peak_flops / MFU[1], flops / peak_flops / MFU[0]),
-        collectives=_collectives(compiled),
+        collectives=found,
         compile_seconds=seconds,
     )
+
+
+class _TooLargeError(Exception):
+    """The compiler stopped because a program needs more than the memory of a device, as that for TPUs does."""
+
+    def __init__(self, needed: int):
+        super().__init__(f"{needed} bytes needed")
+        self.needed = needed
+        """Bytes that the program needs, with its inputs."""
 
 
 def _compile(function, arguments, gpu: bool):
@@ -133,7 +147,14 @@ def _compile(function, arguments, gpu: bool):
     options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None
     # A step is already jitted and donates its state; wrapping it in another jit would lose the donation.
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    return jitted.trace(*arguments).lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"RESOURCE_EXHAUSTED.*\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+        if not needed:
+            raise
+        raise _TooLargeError(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))) from None
 
 
 def _collectives(compiled) -> dict[str, dict[str, int]] | None:
@@ -148,8 +169,11 @@ def _peak(stats) -> int:
     return held + stats.temp_size_in_bytes
 
 
-def _besides_inputs(compiled) -> int:
-    stats = compiled.memory_analysis()
+def _besides_inputs(function, arguments, gpu: bool) -> int:
+    try:
+        stats = _compile(function, arguments, gpu).memory_analysis()
+    except _TooLargeError as error:
+        return error.needed
     return stats.temp_size_in_bytes + stats.output_size_in_bytes
 
 
@@ -280,7 +304,7 @@ def report(p: Plan, config: Config, model: ModelConfig) -> str:
         f"At an assumed MFU of {MFU[0]:.0%} to {MFU[1]:.0%}: {p.seconds[1]:.1f} to {p.seconds[0]:.1f} s per step, "
         f"{p.seconds[1] * config.train.steps / 3600:.1f} to {p.seconds[0] * config.train.steps / 3600:.1f} h for "
         f"{config.train.steps} steps",
-        "Collectives per step and device:" + ("" if p.collectives is not None else " not known for this compiler"),
+        "Collectives per step and device:" + ("" if p.collectives is not None else " not known"),
         *(f"  {k:<20}{v['count']:6}  {v['bytes'] / 1e9:8.1f} GB" for k, v in sorted((p.collectives or {}).items())),
     ]
     return "\n".join(lines)

@@ -7,18 +7,11 @@ TPU by its name. Neither needs a driver or a device, only `pip install 'pi_jax[c
 import dataclasses
 import importlib.util
 import math
-import os
-
-from pi_jax.parallel.chips import CHIPS, GPU_TARGET, GPUS_PER_HOST, Chip
-
-# The plug-ins read these variables when they are loaded.
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from jax.experimental import topologies
 
 from pi_jax.errors import InputError
+from pi_jax.parallel.chips import CHIPS, GPU_TARGET, GPUS_PER_HOST, Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +31,26 @@ class Topology:
     def __str__(self):
         return f"{self.kind}:{self.count}"
 
+    def require_compiler(self) -> None:
+        """Checks that the compiler for these devices is installed.
+
+        Raises:
+          InputError: if it is not.
+        """
+        module, what = ("jax_cuda13_plugin", "NVIDIA GPUs") if self.chip.gpu else ("libtpu", "TPUs")
+        if not _installed(module):
+            raise InputError(
+                f"--topology {self}: the compiler for {what} is not installed: pip install 'pi_jax[compilers]'"
+            )
+
     def devices(self) -> list:
         """Returns the devices to compile for.
 
         Raises:
           InputError: if the compiler for these devices is not installed.
         """
+        self.require_compiler()
         if self.chip.gpu:
-            _require_installed("jax_cuda13_plugin", "NVIDIA GPUs")
             hosts = math.ceil(self.count / GPUS_PER_HOST)
             shape = f"1x{hosts}x{self.count // hosts}"
             return list(
@@ -56,7 +61,6 @@ class Topology:
                     target_config=GPU_TARGET.format(**self.chip.gpu),
                 ).devices
             )
-        _require_installed("libtpu", "TPUs")
         if self.count == 1:  # the smallest slice is one host
             return Topology(self.kind, 4).devices()[:1]
         shape = "x".join(map(str, self._torus()))
@@ -93,14 +97,13 @@ def parse(text: str) -> Topology:
     return Topology(kind, number)
 
 
-def _require_installed(module: str, what: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise InputError(f"the compiler for {what} is not installed: pip install 'pi_jax[compilers]'")
-
-
 def has_cudnn() -> bool:
     """Whether cuDNN is installed, so that attention with cuDNN can be compiled."""
+    return _installed("nvidia.cudnn")
+
+
+def _installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec("nvidia.cudnn") is not None
-    except ModuleNotFoundError:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
         return False

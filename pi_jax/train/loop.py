@@ -17,7 +17,7 @@ import numpy as np
 
 from pi_jax import cli, log
 from pi_jax.checkpoint import Checkpoints
-from pi_jax.config import Config, ProfileConfig, describe, flatten
+from pi_jax.config import Config, ModelConfig, ProfileConfig, describe, flatten
 from pi_jax.convert.folders import read_json
 from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.errors import InputError
@@ -27,7 +27,15 @@ from pi_jax.train import metrics
 from pi_jax.train.abstract import abstract_model, abstract_state, columns
 from pi_jax.train.optimizer import learning_rate
 from pi_jax.train.resolve import Experiment, resolve
-from pi_jax.train.run_folder import export, require_folder, write_run_files
+from pi_jax.train.run_folder import (
+    as_recorded,
+    changes,
+    export,
+    read_config,
+    refused_changes,
+    require_folder,
+    write_run_files,
+)
 from pi_jax.train.step import TrainState, init_train_state, make_step
 
 
@@ -54,6 +62,7 @@ def train(config: Config, base: Config | None = None) -> dict[str, Any]:
     log.info(describe(config, base or config))
     log.info(f"Model: {model.num_parameters():,} parameters, {model.rope}; mesh {dict(mesh.shape)}")
     log.info(f"Data: {pipeline.steps_per_epoch:.1f} steps per epoch, {config.train.steps} steps to run")
+    _warn_of_untrained_positions(config, model)
     with (
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
@@ -64,8 +73,9 @@ def train(config: Config, base: Config | None = None) -> dict[str, Any]:
         if int(state.step) == config.train.steps and (output / "result.json").exists():
             log.info(f"All {config.train.steps} steps are done already; the result is in {output}")
             return read_json(output / "result.json")
+        _report_changes(output, experiment.config)
         if jax.process_index() == 0:
-            write_run_files(output, experiment.config, model, experiment.tokenizer)
+            write_run_files(output, experiment.config, model, experiment.tokenizer, int(state.step))
         with metrics.Metrics(output, config.logging, flatten(experiment.config), int(state.step)) as logger:
             result = _run(experiment, state, checkpoints, logger, preempted)
     if jax.process_index() == 0:
@@ -77,21 +87,37 @@ def train(config: Config, base: Config | None = None) -> dict[str, Any]:
     return result
 
 
+def _warn_of_untrained_positions(config: Config, model: ModelConfig) -> None:
+    reach, window = config.data.reach, model.max_position_embeddings
+    if config.rope.kind != "default" and reach < window:
+        log.warn(
+            f"Training sequences reach {reach:,} of the window of {window:,} tokens: positions beyond are not trained; "
+            f"set data.window or data.pose_window to {window} to train them"
+        )
+
+
+def _report_changes(output: pathlib.Path, config: Config) -> None:
+    """Prints what changed since the run was last started, before config.json is replaced."""
+    before, now = read_config(output), as_recorded(config)
+    changed = [line for part in now for line in changes(before.get(part, {}), now[part])]
+    if changed:
+        log.info("\n".join(["Changed since the run was last started:", *(f"  {line}" for line in changed)]))
+
+
 def _initial_state(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     """Restores the latest checkpoint, or returns the state at step 0 from the base model or random weights."""
     config, mesh, optimizer = experiment.config, experiment.mesh, experiment.optimizer
     template = abstract_model(experiment.model, config.compute, mesh)
     if checkpoints.steps():
+        output = pathlib.Path(config.train.output)
+        if changed := refused_changes(experiment.identity, checkpoints.metadata(), config, output):
+            raise InputError(
+                f"{output} holds checkpoints of a run with other settings ({changed}): restore them, or give the new "
+                "run another train.output"
+            )
         restored = checkpoints.restore(abstract_state(template, optimizer, mesh))
         for reason in restored.skipped:
             log.info(f"Skipped a checkpoint: {reason}")
-        for field, now in experiment.identity.items():
-            before = restored.metadata.get(field, now)  # a field that an older version did not record is unchanged
-            if before != now:
-                raise InputError(
-                    f"{config.train.output} holds checkpoints of a run with {field} {before}, but the config has "
-                    f"{now}: restore the setting, or give the new run another train.output"
-                )
         if restored.step > config.train.steps:
             raise InputError(f"train.steps is {config.train.steps}, but {config.train.output} is at {restored.step}")
         log.info(f"Resumed from step {restored.step}")
@@ -112,7 +138,7 @@ def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, lo
     step_fn, identity = make_step(experiment.optimizer), experiment.identity
     local, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
     first = int(state.step)
-    profiler = _Profiler(output / "profile", config.profile, steps)
+    profiler = _Profiler(output / "profile", config.profile, first, steps)
     if first == 0 and config.evaluate.every:
         evaluation(state.model, mesh, 0, logger)
     clock = _Clock(experiment, first)
@@ -152,10 +178,15 @@ def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, lo
 class _Profiler:
     """Traces the steps of `profile.steps`, on process 0."""
 
-    def __init__(self, folder: pathlib.Path, config: ProfileConfig, steps: int):
+    def __init__(self, folder: pathlib.Path, config: ProfileConfig, done: int, steps: int):
         self._folder, self._running = folder, False
         self._first, last = config.bounds
         self._last = min(last, steps)
+        if config.steps and not done < self._first <= steps:
+            log.warn(
+                f"profile.steps is {config.steps!r}, but this run has the steps {done + 1} to {steps}: nothing is "
+                "traced; FIRST must be one of them"
+            )
 
     def step(self, step: int, state: TrainState) -> contextlib.AbstractContextManager:
         """Marks a step in the trace; begins the trace with its first step."""

@@ -25,7 +25,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; its moments have the structure and sharding of the parameters."""
-    clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    # Without clipping the state has the same structure, so that a resumed run may turn it on or off.
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.b1,
@@ -34,7 +35,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=_decayed,
     )
-    return optax.chain(*clip, _stored(adamw, config.moment_dtype, config.offload))
+    return optax.chain(clip, _stored(adamw, config.moment_dtype, config.offload))
 
 
 def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> optax.GradientTransformation:
