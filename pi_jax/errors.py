@@ -3,11 +3,22 @@
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 
 class InputError(ValueError):
     """Bad input: a file, a field or a flag. The message is one sentence that names the file or
     field, the value found and what would be right; commands print it and exit with status 2."""
+
+
+LFS_BYTES = 1024
+"""A Git LFS pointer is smaller."""
+
+
+def require_downloaded(path: Any, data: bytes) -> None:
+    """Checks that the content of a file is not what Git LFS puts in the place of one that it did not download."""
+    if re.fullmatch(rb"version https://git-lfs.*\n(ext-.*\n)*oid .*\nsize \d+\s*", data):
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` to download it")
 
 
 def some(names: Sequence[str]) -> str:

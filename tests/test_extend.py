@@ -171,7 +171,8 @@ def test_a_number_of_tokens_may_have_a_unit():
 
 
 def test_claims_follow_the_numbers(extension, monkeypatch):
-    """Both ways, with one claim of recovery for each of the two texts: with the paper's own numbers all claims hold, with a failed run none of those about tuning does."""
+    """With the paper's own numbers all claims hold; with a failed run none about tuning does. Recovery is a claim for
+    each of the two texts."""
 
     def given(perplexities, keys):
         def entry(_, variant, text, window):

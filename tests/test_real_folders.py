@@ -365,3 +365,18 @@ def test_scalings_stay_what_they_were(folder):
     assert open_model(str(folder)).config.rope == Default(10000.0)
     edit(folder / "config.json", rope_scaling={"type": "linear", "factor": 4.0}, rope_parameters=..., rope_theta=1e4)
     assert open_model(str(folder)).config.rope == Linear(10000.0, 4.0)
+
+
+def test_mistrals_defaults_are_not_ours(folder):
+    edit(folder / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
+    with pytest.raises(InputError, match="lacks sliding_window"):
+        open_model(str(folder))
+    edit(folder / "config.json", sliding_window=None)
+    assert open_model(str(folder)).config.num_key_value_heads == 2
+
+
+def test_special_tokens_of_config(folder):
+    (folder / "generation_config.json").unlink()
+    for stated, expected in ((..., 2), (None, None), ([], None), (0, 0), ([5], (5,)), ([5, 6], (5, 6))):
+        edit(folder / "config.json", eos_token_id=stated)
+        assert open_model(str(folder)).config.eos_token_id == expected

@@ -18,6 +18,8 @@ BUILTIN = "builtin:tiny"
 """As `train.init_from`, in `data.sources` or `evaluate.data`: the tiny model and text of `pi_jax.tiny`, made on the
 spot."""
 
+_MOST_LAYERS = 10_000  # tensors are listed layer by layer, so a damaged number would fill the memory
+
 DType = Literal["float32", "bfloat16"]
 
 
@@ -48,6 +50,8 @@ class ModelConfig:
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
         sizes += "num_key_value_heads head_dim max_position_embeddings rms_norm_eps"
         require_positive("model", self, *sizes.split())
+        layers = self.num_hidden_layers
+        require(layers <= _MOST_LAYERS, f"model.num_hidden_layers is {layers}: it must be at most {_MOST_LAYERS}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(
             heads % kv_heads == 0,

@@ -4,6 +4,7 @@ Each document is tokenized as a whole, without special tokens; EOS is appended a
 are passed to the tokenizer in batches, which it processes in parallel threads.
 """
 
+import collections
 import dataclasses
 import os
 import time
@@ -28,16 +29,17 @@ _BATCH_CHARACTERS = 2**24
 class Options:
     """Tokenize text once, into a token store for training.
 
-    A .txt file is one document; .jsonl (also .gz, .zst) and .parquet files contain one document per line or row."""
+    A .txt or .md file is one document; .jsonl, .json (both also .gz, .zst) and .parquet files contain one document per
+    line, object or row."""
 
     input: tuple[str, ...]
-    """Text files, folders (searched recursively) or globs: .txt .jsonl .jsonl.gz .jsonl.zst .parquet"""
+    """Text files, folders (searched recursively) or globs: .txt .md .jsonl .json (both also .gz or .zst) .parquet"""
     tokenizer: str
     """Local Hugging Face folder with the tokenizer of the model to train."""
     output: str
     """Folder of the token store to create."""
     text_field: str = "text"
-    """Field of a .jsonl line or column of a .parquet file that contains the text."""
+    """Field of a JSON object or column of a .parquet file that contains the text."""
     prompt_field: str = ""
     """Field with the prompt: text that precedes the document and that `data.mask_prompts` excludes from the loss.
     Empty: documents have no prompt."""
@@ -73,9 +75,11 @@ class Summary:
 
     output: str
     """Folder of the token store."""
+    files: dict[str, int]
+    """Number of files that were read, by extension."""
     documents: int
     empty_documents: int
-    """Empty documents, which are not in the store."""
+    """Documents without text other than white space, which are not in the store."""
     tokens: int
     characters_per_token: float
     """Mean, not counting BOS and EOS."""
@@ -96,7 +100,7 @@ class Summary:
         lines = [
             f"Token store {self.output}: {self.documents:,} documents, {self.tokens:,} tokens, "
             f"{self.characters_per_token:.2f} characters per token",
-            f"Tokenized in {self.seconds:,.1f} s, {self.tokens_per_second:,.0f} tokens/s",
+            f"Tokenized {_counted(self.files)} in {self.seconds:,.1f} s, {self.tokens_per_second:,.0f} tokens/s",
             f"Document length in tokens: median {self.median_length:,.0f}, longest {self.longest:,}",
             f"{'at least':>12} {'documents':>12} {'tokens':>16} {'share':>7}",
         ]
@@ -126,7 +130,9 @@ def prepare(options: Options) -> Summary:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = load_tokenizer(options.tokenizer)
+    files = documents.find_files(options.input)
     sizes = {path: [os.path.getsize(f) for f in documents.find_files([path])] for path in options.input}
+    stream = documents.read_documents(options.input, options.text_field, options.prompt_field)
     prompt = Prompt(
         SUMMARIZE if options.prompt_template == "summarize" else options.prompt_template, options.max_prompt_tokens
     )
@@ -144,8 +150,11 @@ def prepare(options: Options) -> Summary:
         overwrite=options.overwrite,
     )
     started = time.monotonic()
-    with writer, log.progress(sum(map(sum, sizes.values())), "tokenizing", "B") as bar:
-        for batch in _batches(documents.read_documents(options.input, options.text_field, options.prompt_field)):
+    with writer, log.progress(sum(map(os.path.getsize, files)), "tokenizing", "B") as bar:
+        for batch in _batches(stream):
+            bar.update(sum(document.file_bytes for document in batch))
+            empty += sum(document.empty for document in batch)
+            batch = [document for document in batch if not document.empty]
             texts = [document.text for document in batch]
             before = prompt.encode(tokenizer, [d.prompt for d in batch]) if options.prompt_field else [[]] * len(batch)
             for given, own in zip(before, encode(tokenizer, texts, bos=False, eos=False), strict=True):
@@ -156,10 +165,14 @@ def prepare(options: Options) -> Summary:
                 else:
                     empty += 1
             characters += sum(len(d.text) + len(d.prompt) for d in batch)
-            bar.update(sum(document.file_bytes for document in batch))
         if not writer.num_documents:
-            raise InputError(f"--input {' '.join(options.input)} contains no text, only {empty} empty documents")
-    return _summarize(options, characters, empty, time.monotonic() - started)
+            only = f", only {empty} empty documents" if empty else ""
+            raise InputError(f"--input {' '.join(options.input)} contains no text{only}")
+    return _summarize(options, files, characters, empty, time.monotonic() - started)
+
+
+def _counted(files: dict[str, int]) -> str:
+    return " and ".join(f"{count:,} {ending}" for ending, count in files.items())
 
 
 def _batches(stream: Iterable[documents.Document]) -> Iterator[list[documents.Document]]:
@@ -174,13 +187,14 @@ def _batches(stream: Iterable[documents.Document]) -> Iterator[list[documents.Do
         yield batch
 
 
-def _summarize(options: Options, characters: int, empty: int, seconds: float) -> Summary:
+def _summarize(options: Options, files: list[str], characters: int, empty: int, seconds: float) -> Summary:
     written = store.TokenStore.open(options.output)
     lengths = np.diff(written.offsets)
     long = lengths >= options.window
     added = written.num_documents * (options.bos + options.eos)
     return Summary(
         output=options.output,
+        files=dict(collections.Counter(map(documents.ending, files)).most_common()),
         documents=written.num_documents,
         empty_documents=empty,
         tokens=written.num_tokens,

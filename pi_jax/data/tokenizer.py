@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from pi_jax.errors import InputError, no_folder, some
+from pi_jax.errors import LFS_BYTES, InputError, no_folder, require_downloaded, some
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,8 +63,8 @@ def _check_files(folder: pathlib.Path) -> None:
     """Rejects the folders for which transformers gives a misleading reason, asks a question or guesses a class."""
     complete, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
     for file in (complete, sentencepiece):
-        if file.is_file() and is_lfs_pointer(file):
-            raise InputError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+        if file.is_file() and file.stat().st_size < LFS_BYTES:
+            require_downloaded(file, file.read_bytes())
     settings = _settings(folder / "tokenizer_config.json")
     if "AutoTokenizer" in (settings.get("auto_map") or {}):
         raise InputError(
@@ -94,12 +94,6 @@ def _check_files(folder: pathlib.Path) -> None:
         raise InputError(
             f"{folder} has a tokenizer.model and no tokenizer.json: install what reads it, pip install {packages}"
         )
-
-
-def is_lfs_pointer(file: pathlib.Path) -> bool:
-    """Whether a file is what Git leaves in place of a large file that was not downloaded."""
-    with file.open("rb") as opened:
-        return opened.read(64).startswith(b"version https://git-lfs")
 
 
 def _installed(module: str) -> bool:

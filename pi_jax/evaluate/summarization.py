@@ -32,7 +32,7 @@ class Summarization(AnswerOptions):
     """Compute ROUGE of a model's summaries of long documents: GovReport as in the paper's Table 6."""
 
     data: tuple[str, ...] = ()
-    """.jsonl(.gz, .zst) or .parquet files with documents and their reference summaries."""
+    """.jsonl, .json (both also .gz or .zst) or .parquet files with documents and their reference summaries."""
     document_field: str = "report"
     """Field with the document."""
     summary_field: str = "summary"

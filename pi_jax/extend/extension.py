@@ -39,7 +39,7 @@ class Extend:
     model: str
     """Hugging Face folder, Meta folder, or the folder of a pi_jax run, with its tokenizer."""
     data: tuple[str, ...]
-    """Text to fine-tune on: files, folders or globs: .txt, .jsonl(.gz, .zst), .parquet."""
+    """Text to fine-tune on: files, folders or globs: .txt, .md, .jsonl, .json (both also .gz or .zst), .parquet."""
     window: str
     """The new window in tokens, such as 32k or 32768."""
     output: str

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from pi_jax.errors import InputError
 
+_NUMBER = r"[0-9]{1,18}"
+
 
 class Cluster(NamedTuple):
     """What a launcher says of this process."""
@@ -45,9 +47,15 @@ def detect(env: Mapping[str, str]) -> Cluster | None:
                     f"{cluster.launcher} says this is process {cluster.process} of {cluster.processes}: processes are "
                     f"numbered 0 to {cluster.processes - 1}"
                 )
+            host, _, port = cluster.coordinator.rpartition(":")
+            if cluster.processes > 1 and not (host and re.fullmatch(_NUMBER, port) and 0 < int(port) < 2**16):
+                raise InputError(
+                    f"{cluster.launcher} says that process 0 is at {cluster.coordinator!r:.80}: it must be HOST:PORT "
+                    "with a port from 1 to 65535"
+                )
             if chosen := env.get("PI_JAX_LOCAL_DEVICE_IDS"):
-                if not re.fullmatch(r"\d+(,\d+)*", chosen):
-                    raise InputError(f"PI_JAX_LOCAL_DEVICE_IDS is {chosen!r}: it must be numbers, such as 0,1")
+                if not re.fullmatch(rf"{_NUMBER}(,{_NUMBER})*", chosen):
+                    raise InputError(f"PI_JAX_LOCAL_DEVICE_IDS is {chosen!r:.80}: it must be numbers, such as 0,1")
                 ids = tuple(map(int, chosen.split(",")))
                 cluster = cluster._replace(local_devices=ids)
             return cluster if cluster.processes > 1 else None
@@ -56,8 +64,8 @@ def detect(env: Mapping[str, str]) -> Cluster | None:
 
 def number(env: Mapping[str, str], name: str, default: str = "") -> int:
     value = env.get(name, default)
-    if not value.isdecimal():
-        raise InputError(f"{name} is {value!r}: it must be a number" if value else f"{name} is not set: it must be")
+    if not re.fullmatch(_NUMBER, value):
+        raise InputError(f"{name} is {value!r:.80}: it must be a number" if value else f"{name} is not set: it must be")
     return int(value)
 
 
@@ -97,7 +105,7 @@ def _slurm(env):
     host = _first_host(env["SLURM_STEP_NODELIST"])
     port = 61440 + number(env, "SLURM_JOB_ID") % 4096
     name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in env else "SLURM_TASKS_PER_NODE"
-    per_node = re.match(r"\d+", env.get(name, "1"))
+    per_node = re.match(_NUMBER, env.get(name, "1"))
     if not per_node:
         raise InputError(f"{name} is {env[name]!r}: it must begin with a number, such as 2(x3)")
     own = _own(env, "SLURM_LOCALID", int(per_node[0]) > 1)

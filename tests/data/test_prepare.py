@@ -1,5 +1,6 @@
 """Preparing: what stands in the store is each document's own tokens, however they were batched or stored."""
 
+import gzip
 import json
 
 import numpy as np
@@ -66,13 +67,43 @@ def test_tokenizing_in_batches_equals_one_by_one(tmp_path, tokenizer_dir, monkey
     assert documents_of(tmp_path / "s") == want
 
 
+def test_white_space_is_not_in_the_store(tmp_path, tokenizer_dir):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", " ", "", "\n\t\u3000\n", " two "])
+    summary = prepare(Options((source,), tokenizer_dir, str(tmp_path / "s")))
+    assert (summary.documents, summary.empty_documents) == (2, 3)
+    assert [load_tokenizer(tokenizer_dir).decode(d) for d in documents_of(tmp_path / "s")] == ["one</s>", " two </s>"]
+    assert summary.characters_per_token == pytest.approx(8 / (summary.tokens - 2))
+
+
+def test_what_was_read_and_what_was_skipped_is_said(tmp_path, tokenizer_dir, capsys):
+    """A folder as it was downloaded: nothing in it is left out or taken in silently."""
+    folder, file = tmp_path / "in", tmp_path / "in/c4-train.00000-of-01024.json.gz"
+    folder.mkdir()
+    file.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    (folder / "a.txt").write_text("three")
+    (folder / "again.txt").symlink_to("a.txt")
+    for name in ("LICENSE.txt", "paper.pdf"):
+        (folder / name).write_text(name)
+    main(["--input", str(folder), str(file), "--tokenizer", tokenizer_dir, "--output", str(tmp_path / "s")])
+    said = capsys.readouterr()
+    assert documents_of(tmp_path / "s") == [[*encode_one(tokenizer_dir, text), 1] for text in ("three", "one", "two")]
+    assert "Tokenized 1 .txt and 1 .json.gz in " in said.out
+    assert said.err.startswith(f"warning: skipped in {folder}: 1 LICENSE.txt, 1 .pdf\n")
+    assert said.err.count("warning") == 1
+
+
+def encode_one(tokenizer_dir, text):
+    return load_tokenizer(tokenizer_dir)(text, add_special_tokens=False)["input_ids"]
+
+
 def test_every_format_makes_the_same_store(tmp_path, tokenizer_dir):
     (tmp_path / "txt").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / "txt" / f"{i:03}.txt").write_text(text)
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     digests = set()
-    for source in (tmp_path / "txt", tmp_path / "a.parquet", write_jsonl(tmp_path / "a.jsonl")):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    for source in (tmp_path / "txt", tmp_path / "a.parquet", write_jsonl(tmp_path / "a.jsonl"), tmp_path / "a.json"):
         prepare(Options((str(source),), tokenizer_dir, str(tmp_path / "s"), overwrite=True))
         digests.add(TokenStore.open(str(tmp_path / "s")).manifest["sha256"])
     assert len(digests) == 1
@@ -116,6 +147,7 @@ def test_store_facts_and_summary(tmp_path, tokenizer_dir, capsys):
     lengths = [len(tokens) for tokens in documents_of(tmp_path / "s")]
     summary = json.loads(report.read_text())
     assert len(lengths) == summary["documents"] == 3
+    assert summary["files"] == {".jsonl": 1}
     assert summary["empty_documents"] == 1
     assert summary["tokens"] == sum(lengths)
     assert summary["characters_per_token"] == pytest.approx(53 / (sum(lengths) - 3))
@@ -170,7 +202,7 @@ def test_error_sentences(tmp_path, tokenizer_dir, capsys):
     assert "no.txt: there is no such file" in error(f"{good} {tmp_path}/no.txt")
     assert "has no field 'body': its fields are 'text'" in error(good, tokenizer_dir, "--text-field", "body")
     assert f"--input {empty} contains no text, only 2 empty documents" in error(empty)
-    assert "contains no text" in error(str(tmp_path / "nothing.jsonl"))
+    assert error(str(tmp_path / "nothing.jsonl")).endswith("nothing.jsonl contains no text")
     assert "--window is 0: it must be positive" in error(good, tokenizer_dir, "--window", "0")
     assert "no/such: there is no such folder" in error(good, "no/such")
     assert "broken cannot be loaded" in error(good, str(tmp_path / "broken"))

@@ -43,6 +43,7 @@ _UNSUPPORTED = {
     "num_experts": None,
     "auto_map": None,
 }
+_MISTRAL = ("sliding_window", "num_key_value_heads", "max_position_embeddings")
 _MODEL_TYPES = ("llama", "mistral")
 _THETA_SINCE = (4, 33)  # first version of transformers that writes rope_theta
 
@@ -69,6 +70,8 @@ def read_config(folder: str, name: str = "config.json", window: int = 0) -> Mode
         if config.get(key) not in (None, harmless):
             raise InputError(f"{path}: {key} is {config[key]!r}: only {harmless!r} is supported")
     missing = [key for key in _REQUIRED if config.get(key) is None]
+    if config["model_type"] == "mistral":  # whose defaults are those of Mistral 7B, sliding window included
+        missing += [key for key in _MISTRAL if key not in config]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}")
     _require_theta(path, config)
@@ -82,14 +85,14 @@ def read_config(folder: str, name: str = "config.json", window: int = 0) -> Mode
         heads = config["num_attention_heads"]
         model = ModelConfig(
             **{key: config[key] for key in _REQUIRED},
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            num_key_value_heads=_given(config, "num_key_value_heads", heads),
+            head_dim=config["hidden_size"] // heads if config.get("head_dim") is None else config["head_dim"],
             max_position_embeddings=windows.tokens,
             original_max_position_embeddings=windows.original,
             rms_norm_eps=_given(config, "rms_norm_eps", 1e-6),
             tie_word_embeddings=_given(config, "tie_word_embeddings", False),
             rope=scaling,
-            bos_token_id=_first(config.get("bos_token_id")),
+            bos_token_id=_first(config.get("bos_token_id", 1)),
             eos_token_id=_end_tokens(path, config),
         )
     except InputError as error:
@@ -120,7 +123,7 @@ def _with_window(config: dict[str, Any], scaling: rope.Scaling, window: int) -> 
 
 def _end_tokens(path: epath.Path, config: dict[str, Any]) -> int | tuple[int, ...] | None:
     """The tokens that end a text, by config.json and generation_config.json."""
-    found = _tokens(config.get("eos_token_id"))
+    found = _tokens(config.get("eos_token_id", 2))  # an absent key has transformers' default
     beside = path.parent / GENERATION_FILE
     if not beside.is_file():
         return found
@@ -180,7 +183,7 @@ def _first(token: int | list[int] | None) -> int | None:
 
 
 def _tokens(token: int | list[int] | None) -> int | tuple[int, ...] | None:
-    return tuple(token) if isinstance(token, list) else token
+    return (tuple(token) or None) if isinstance(token, list) else token
 
 
 def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:

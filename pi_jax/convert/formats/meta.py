@@ -124,7 +124,7 @@ class Folder:
             config = self._config(window)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{path} has a value of the wrong type: {error}") from None
         sidecar = self.path / SIDECAR
         if not sidecar.is_file():
@@ -160,6 +160,12 @@ class Folder:
         vocabulary = params.get("vocab_size", -1)
         if vocabulary == -1:  # LLaMA 1 took the size from the tokenizer
             vocabulary = self._rows("output.weight" if self._has("output.weight") else "tok_embeddings.weight")
+        for key, value in params.items():
+            kinds = (bool,) if key == "use_scaled_rope" else (int, float)
+            if value is not None and type(value) not in kinds:
+                raise InputError(
+                    f"{key} is {value!r:.80}: it must be {'true or false' if bool in kinds else 'a number'}"
+                )
         theta = float(params.get("rope_theta") or 10000.0)
         scaled = bool(params.get("use_scaled_rope"))
         width = params.get("hidden_dim") or feed_forward(

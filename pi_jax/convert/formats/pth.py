@@ -98,16 +98,16 @@ def _start(file: Any, record: zipfile.ZipInfo) -> int:
 def _entry(path: pathlib.Path, name: str, tensor: Any, sizes: dict[int, int]) -> Entry:
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
-    stored = tensor.layout is require_torch().strided and not tensor.is_quantized and tensor.is_contiguous()
-    if not stored:
-        raise InputError(f"{path}: {name} is stated to be {dtype}{list(shape)}, but it is not stored row by row")
+    message = f"{path}: {name} is stated to be {dtype}{list(shape)}, but it is not stored row by row"
+    if str(tensor.layout) != "torch.strided" or not tensor.is_contiguous():
+        raise InputError(message)
     storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     offset = storage._checkpoint_offset or 0
     # torch computes the offset from what torch.save does, so it is wrong if another program has packed the archive.
     if sizes.get(offset) != storage.nbytes():
         raise InputError(f"{path}: {name} is not where torch.save puts it: load the file with torch and save it again")
     if start + math.prod(shape) * tensor.element_size() > storage.nbytes():
-        raise InputError(f"{path}: {name} is stated to be {dtype}{list(shape)}, but it is not stored row by row")
+        raise InputError(message)
     return Entry(dtype, shape, offset + start)
 
 

@@ -69,7 +69,8 @@ class File:
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         metadata = header.pop("__metadata__", None)
-        if metadata is not None and not all(isinstance(value, str) for value in dict(metadata).values()):
+        metadata = {} if metadata is None else metadata
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its header has something else than strings in __metadata__")
         entries, data, end = {}, self._size - 8 - length, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -116,7 +116,7 @@ def read_tokens(
     from pi_jax.data import tokenizer as tokenizers
 
     tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
-    found = list(documents.read_documents(data, text_field))
+    found = [d for d in documents.read_documents(data, text_field) if not d.empty]
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return tokenizers.encode(tokenizer, texts, bos=False, eos=False)
@@ -261,7 +261,7 @@ class Perplexity(ModelOptions):
     """Compute sliding-window perplexity of a model on text, by token, by window and by document."""
 
     data: tuple[str, ...]
-    """Text files, folders or globs: .txt, .jsonl(.gz, .zst), .parquet."""
+    """Text files, folders or globs: .txt, .md, .jsonl, .json (both also .gz or .zst), .parquet."""
     windows: tuple[int, ...]
     """Window sizes in tokens."""
     stride: int = 256
