@@ -15,7 +15,7 @@ demo: .venv/installed           ## the paper in miniature: 256 to 2,048 tokens, 
 	$(BIN)/python -m pi_jax extend --model demo/base --output runs/demo --window 2048 \
 	    --data demo/text/ledgers.jsonl.gz demo/text/novels/emma.jsonl.gz \
 	    --heldout demo/text/heldout/prose.jsonl.gz demo/text/heldout/ledger.jsonl.gz \
-	    --steps 120 --batch-size 2 --learning-rate 7e-4 --warmup-steps 10 --seed $(SEED) --compare direct yarn --evaluations 4 \
+	    --steps 160 --batch-size 2 --learning-rate 7e-4 --warmup-steps 10 --seed $(SEED) --compare direct yarn --evaluations 4 \
 	    --passkey-distances 8 --passkey-trials 5 \
 	    --train-options='--compute.dtype float32 --compute.remat none --optimizer.schedule cosine --optimizer.b2 0.99'
 
