@@ -36,7 +36,7 @@ def main() -> None:
     for axes in (left, right):
         axes.axvspan(0, inside["window"], color="#1f6feb", alpha=0.08, linewidth=0)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
+    right.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper right")
     plt.savefig(figure, dpi=110)
 
 
