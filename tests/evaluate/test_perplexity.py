@@ -135,12 +135,13 @@ def _run(*words):
 
 
 def test_what_a_reader_must_know_is_said(model_folder, inputs, tmp_path, capsys):
-    for name, text in {"long": "a" * 300, "short": "b" * 30, "none": ""}.items():
+    for name, text in {"long": "a" * 300, "short": "b" * 30, "none": "", "blank": " \n" * 200}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     _run("--model", model_folder, "--data", str(tmp_path), "--windows", "128", "--stride", "64")
     told = capsys.readouterr().err
     assert "window 128 exceeds the window of the model, 64 tokens" in told
     assert "short.txt (30)" in told and "none.txt: a document needs at least two tokens" in told
+    assert "blank.txt, " in told
 
 
 @pytest.mark.parametrize("policy", ["none", "document", "window"])

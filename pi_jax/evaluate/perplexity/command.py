@@ -116,15 +116,15 @@ def read_tokens(
     from pi_jax.data import tokenizer as tokenizers
 
     tokenizer = tokenizers.load_tokenizer(tokenizer_dir)
-    found = [d for d in documents.read_documents(data, text_field) if not d.empty]
+    found = list(documents.read_documents(data, text_field))
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return tokenizers.encode(tokenizer, texts, bos=False, eos=False)
 
     # Tokenize only the beginning of a long document; if that gives too few tokens, tokenize the complete document.
     cut = _CHARACTERS_A_TOKEN * max_tokens if max_tokens else None
-    tokens = encode([d.text[:cut] for d in found])
-    short = [i for i, d in enumerate(found) if cut and len(d.text) > cut and len(tokens[i]) <= max_tokens]
+    tokens = encode(["" if d.empty else d.text[:cut] for d in found])
+    short = [i for i, d in enumerate(found) if cut and not d.empty and len(d.text) > cut and len(tokens[i]) <= max_tokens]
     for i, whole in zip(short, encode([found[i].text for i in short]), strict=True):
         tokens[i] = whole
     kept = [(d.name, t[:max_tokens]) for d, t in zip(found, tokens, strict=True) if len(t) >= 2]
@@ -133,7 +133,7 @@ def read_tokens(
     if not kept:
         raise InputError(f"{', '.join(data)}: there is no text to evaluate on")
     if empty := [d.name for d, t in zip(found, tokens, strict=True) if len(t) < 2]:
-        log.warn(f"skipped {some(empty)}: a document needs at least two tokens")
+        log.warn(f"skipped {some(empty)}: a document needs at least two tokens, not only white space")
     return [n for n, _ in kept], [t for _, t in kept]
 
 
