@@ -123,9 +123,10 @@ def read_tokens(
 
     # Tokenize only the beginning of a long document; if that gives too few tokens, tokenize the complete document.
     cut = _CHARACTERS_A_TOKEN * max_tokens if max_tokens else None
-    tokens = encode(["" if d.empty else d.text[:cut] for d in found])
-    short = [i for i, d in enumerate(found) if cut and not d.empty and len(d.text) > cut and len(tokens[i]) <= max_tokens]
-    for i, whole in zip(short, encode([found[i].text for i in short]), strict=True):
+    texts = ["" if d.empty else d.text for d in found]
+    tokens = encode([text[:cut] for text in texts])
+    short = [i for i, text in enumerate(texts) if cut and len(text) > cut and len(tokens[i]) <= max_tokens]
+    for i, whole in zip(short, encode([texts[i] for i in short]), strict=True):
         tokens[i] = whole
     kept = [(d.name, t[:max_tokens]) for d, t in zip(found, tokens, strict=True) if len(t) >= 2]
     for name, ids in kept:
