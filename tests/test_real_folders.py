@@ -380,3 +380,11 @@ def test_special_tokens_of_config(folder):
     for stated, expected in ((..., 2), (None, None), ([], None), (0, 0), ([5], (5,)), ([5, 6], (5, 6))):
         edit(folder / "config.json", eos_token_id=stated)
         assert open_model(str(folder)).config.eos_token_id == expected
+
+
+def test_a_chat_template_adds_its_own_special_tokens(folder):
+    """As in transformers: what the tokenizer would prepend to other prompts is not added to a chat."""
+    tokenizer = template(folder)
+    loaded = LoadedModel.open(str(folder))
+    own = tokenizer.backend_tokenizer.encode("Hi", add_special_tokens=False).ids
+    assert loaded.encode_prompt("Hi", chat=True) == own and loaded.encode_prompt("Hi") == [256, *own]

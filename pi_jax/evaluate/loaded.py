@@ -108,15 +108,23 @@ class LoadedModel:
                 f"{self.source.files}: bos_token_id is {self.config.bos_token_id} in config.json, but the tokenizer's "
                 f"BOS is {token}, which is used"
             )
+        require_known([token], self.tokenizer, self.config.vocab_size, "a text with BOS")
         return token
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, chat: bool = False) -> list[int]:
         """Returns the token ids of a prompt, with BOS if the tokenizer prepends it, never with EOS.
+
+        Args:
+          text: the prompt.
+          chat: whether a chat template made it, which adds the special tokens itself.
 
         Raises:
           InputError: if the text contains a token that the model lacks.
         """
-        ids = encode_prompt(self.tokenizer, text)
+        if chat:
+            ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            ids = encode_prompt(self.tokenizer, text)
         require_known(ids, self.tokenizer, self.config.vocab_size, f"the text {text[:40]!r}")
         return ids
 

@@ -49,7 +49,7 @@ def generate(args: Generate) -> list[str]:
         raise InputError("nothing to continue: pass --prompt TEXT or --prompt-file FILE")
     loaded = LoadedModel.open(args.model, rope=args.rope, dtype=args.dtype, mesh=args.mesh)
     source, tokenizer = loaded.source, loaded.tokenizer
-    prompts = [loaded.encode_prompt(_chat(tokenizer, text) if args.chat else text) for text in texts]
+    prompts = [loaded.encode_prompt(_chat(tokenizer, text) if args.chat else text, args.chat) for text in texts]
     generator = loaded.generator(max(map(len, prompts)) + args.max_new_tokens, args.chunk)
     stream = Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
     new = generator(

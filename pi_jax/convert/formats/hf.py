@@ -155,7 +155,7 @@ def open_config(folder: str, window: int = 0) -> ModelConfig:
     if not any((path / name).exists() for name in (_INDEX, _SINGLE)):
         return config  # without weights, as for a plan
     files = _Files(path)
-    if config.tie_word_embeddings and not files.head_is_embedding(config):
+    if config.tie_word_embeddings and not files.head_is_embedding():
         log.note(
             f"{folder}/config.json ties the output head to the embedding, but lm_head.weight differs from it: it is "
             "kept as a head of its own, as in transformers 5"
@@ -258,7 +258,7 @@ class _Files:
             raise InputError(f"{path} lacks {name}, although {_INDEX} lists it there")
         return self._open[path]
 
-    def head_is_embedding(self, config: ModelConfig) -> bool:
+    def head_is_embedding(self) -> bool:
         """Whether the output head is absent or a copy of the embedding."""
         names = ("model.embed_tokens.weight", "lm_head.weight")
         if not all(name in self.of for name in names):
