@@ -255,8 +255,13 @@ def test_a_window_can_be_stated(folder, tmp_path):
 
 
 def test_end_tokens_can_be_stated(folder, tmp_path):
-    convert.convert(convert.Convert(str(folder), str(tmp_path / "out"), eos=(257, 65, 66)), quiet=True)
+    convert.convert(convert.Convert(str(folder), str(tmp_path / "out"), eos=(65, 66)), quiet=True)
     assert open_model(str(tmp_path / "out")).config.eos_token_id == (257, 65, 66)
+    with pytest.raises(InputError, match="eos is 999: tokens must be below vocab_size, 260"):
+        convert.convert(convert.Convert(str(folder), str(tmp_path / "no"), eos=(999,)), quiet=True)
+    convert.convert(convert.Convert(str(folder), str(tmp_path / "meta"), format="meta"), quiet=True)
+    (tmp_path / "meta" / "hf_config.json").unlink()
+    assert open_model(str(tmp_path / "meta"), eos=(65,)).config.eos_token_id == 65
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class Convert:
     max_position_embeddings: int = 0
     """Window of the source in tokens, if its files do not state it or are wrong; 0 trusts them (docs/convert.md)."""
     eos: tuple[int, ...] = ()
-    """Tokens that end a text, if the files of the source do not state all of them, such as a Meta folder's."""
+    """Tokens that end a text, besides those that the files of the source state; a Meta folder states none."""
     shard_gb: float = hf.SHARD_BYTES / 1e9
     """Maximum size of a safetensors file, in GB."""
     meta: MetaOptions = MetaOptions()

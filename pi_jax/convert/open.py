@@ -102,7 +102,7 @@ def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0, eos:
       rope: scaling to apply to a model that has none.
       window: window of a Hugging Face or Meta folder in tokens, if its files do not state it or are wrong; 0 trusts
         them and, for a Meta folder, applies the rules in `pi_jax.convert.formats.meta`.
-      eos: tokens that end a text, if the files do not state all of them.
+      eos: tokens that end a text, if the files do not state all of them; added to those that they state.
 
     Raises:
       InputError: if the folder is none of these, or its model is not supported.
@@ -122,5 +122,10 @@ def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0, eos:
             f"{RUN_MODEL}/ (pi_jax run)"
         )
     if eos:
-        config = dataclasses.replace(config, eos_token_id=eos[0] if len(eos) == 1 else tuple(eos))
+        if not all(0 <= token < config.vocab_size for token in eos):
+            raise InputError(f"eos is {', '.join(map(str, eos))}: tokens must be below vocab_size, {config.vocab_size}")
+        stated = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+        # What params.json does not state is only assumed; what other files state is kept.
+        found = tuple(dict.fromkeys(t for t in (*(() if kind == "meta" else stated), *eos) if t is not None))
+        config = dataclasses.replace(config, eos_token_id=found[0] if len(found) == 1 else found)
     return Source(path, kind, extend(config, rope))
