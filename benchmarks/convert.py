@@ -23,10 +23,10 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from pi_jax import cli
+from pi_jax import atomic, cli
+from pi_jax.atomic import new_folder
 from pi_jax.config import ModelConfig
 from pi_jax.convert import model_card, param_mapping
-from pi_jax.convert.folders import new_folder
 from pi_jax.convert.formats import hf
 
 GIB = 2**30
@@ -154,7 +154,7 @@ def main(args: Benchmark) -> None:
         }
         print(json.dumps(report, indent=2))
         if args.output:
-            cli.write_json(args.output, report)
+            atomic.write_json(args.output, report)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli
+from pi_jax import atomic, cli
 from pi_jax.config import ComputeConfig, MeshConfig, RopeConfig
 from pi_jax.convert.__main__ import Convert, convert
 from pi_jax.convert.open import open_model
@@ -97,7 +97,7 @@ def main(args: Parity) -> None:
     }
     print(json.dumps(report, indent=2))
     if args.output:
-        cli.write_json(args.output, report)
+        atomic.write_json(args.output, report)
     if max(imported, exported) > args.tolerance or control < 10 * args.tolerance:
         sys.exit(f"error: differs by {imported} and {exported} (allowed {args.tolerance}); control by {control}")
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli
+from pi_jax import atomic, cli
 from pi_jax.config import ComputeConfig, MeshConfig
 from pi_jax.convert.open import open_model
 from pi_jax.evaluate.perplexity.command import read_tokens
@@ -87,7 +87,7 @@ def main(args: Parity) -> None:
     }
     print(json.dumps(report, indent=2))
     if args.output:
-        cli.write_json(args.output, report)
+        atomic.write_json(args.output, report)
     if difference > args.tolerance or control_difference < 10 * args.tolerance:
         sys.exit(f"error: differs by {difference} (allowed {args.tolerance}); control by {control_difference}")
 

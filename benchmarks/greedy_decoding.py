@@ -108,7 +108,7 @@ def main(args: Decode) -> None:
         results.append({"prompts": int(batch), "tokens_per_second": speed, "ratio": ratio, "seconds": seconds})
         print(f"{batch} prompts: ours {speed['ours']} tok/s, transformers {speed['theirs']} tok/s: ratio {ratio}")
     if args.output:
-        from pi_jax.cli import write_json
+        from pi_jax.atomic import write_json
 
         write_json(args.output, _about() | {"new_tokens": args.new_tokens, "results": results})
 

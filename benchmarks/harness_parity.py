@@ -16,6 +16,8 @@ import tempfile
 
 import tyro
 
+from pi_jax import atomic
+
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
@@ -62,7 +64,6 @@ def main(args: Parity) -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from pi_jax import cli
     from pi_jax.evaluate.harness import Harness, harness
 
     with tempfile.TemporaryDirectory() as name:
@@ -93,7 +94,7 @@ def main(args: Parity) -> None:
     }
     print(json.dumps(report, indent=2))
     if args.output:
-        cli.write_json(args.output, report)
+        atomic.write_json(args.output, report)
     if report["accuracies"]["ours"] != theirs or report["largest_difference"] > 1e-3 or report["greedy_differs"]:
         sys.exit("error: the two differ")
 

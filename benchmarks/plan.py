@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from pi_jax import cli
+from pi_jax import atomic, cli
 from pi_jax.config import Config, extend, load_config
 from pi_jax.parallel import sharding
 from pi_jax.plan import memory, topology
@@ -74,7 +74,7 @@ def main() -> None:
         print(f"| {name} | {words} | {machine} | {found.rows} x {config.data.window} | {sizes} |", flush=True)
     if args.output:
         facts = {"benchmark": "plan", "date": f"{datetime.date.today()}", "machine": f"{platform.machine()}, no device"}
-        cli.write_json(args.output, facts | {"rows": results})
+        atomic.write_json(args.output, facts | {"rows": results})
 
 
 if __name__ == "__main__":

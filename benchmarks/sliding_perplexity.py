@@ -131,7 +131,7 @@ def main(args: Perplexity) -> None:
         "results": results,
     }
     if args.output:
-        from pi_jax.cli import write_json
+        from pi_jax.atomic import write_json
 
         write_json(args.output, report)
     if worst > 1e-3:

@@ -215,7 +215,7 @@ def compare(args: Benchmark, *more: str) -> None:
     print(f"ours {speed['ours']:.1f} tok/s, torch {speed['theirs']:.1f} tok/s: ratio {report['ratio']}")
     print(f"TFLOP/s, (6 P + 6 L N H S) a token: {report['tflops_per_second']}; MFU {report['mfu'] or 'not known here'}")
     if args.output:
-        from pi_jax.cli import write_json
+        from pi_jax.atomic import write_json
 
         write_json(args.output, report)
 

@@ -1,13 +1,10 @@
 """Entry point and error handling of every command: `pi-jax NAME` is the same as `python -m pi_jax.NAME`."""
 
-import contextlib
 import importlib
 import importlib.metadata
-import json
 import os
-import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from pi_jax import __version__, dependencies
@@ -61,30 +58,3 @@ def main(argv: list[str] | None = None) -> None:
     print("usage: pi-jax COMMAND [--help] | --version\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
     if argv and argv[0] not in ("-h", "--help"):
         sys.exit(_fail(f"{argv[0]!r} is not a command: choose one of {', '.join(COMMANDS)}"))
-
-
-def require_writable(path: str) -> None:
-    """Checks that a result file can be written, before any work is done; an empty path means no file."""
-    target = pathlib.Path(path)
-    folder = next(p for p in (target.parent, *target.absolute().parents) if p.exists())
-    if path and (target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
-        raise InputError(f"{path} cannot be written: it must be a file in a folder that can be written")
-
-
-@contextlib.contextmanager
-def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary file beside `path` that replaces it if the body succeeds."""
-    target = pathlib.Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def write_json(path: str, value: Any) -> None:
-    """Writes `value` as JSON, atomically; what JSON does not know, as text."""
-    with new_file(path) as file:
-        file.write_text(json.dumps(value, indent=2, default=str) + "\n")

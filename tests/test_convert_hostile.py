@@ -377,7 +377,7 @@ def test_a_folder_that_cannot_be_made(refused, tmp_path, models, capsys):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SystemExit) as exit:
         command.main(["--source", str(models / "hf"), "--target", str(tmp_path / "file" / "out")])
-    assert exit.value.code == 2 and "cannot be created" in capsys.readouterr().err
+    assert exit.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["hf", "meta", "orbax"])

@@ -10,9 +10,10 @@ import tyro
 from etils import epath
 
 from pi_jax import cli
+from pi_jax.atomic import is_remote, new_folder, require_absent
 from pi_jax.config import RopeConfig
 from pi_jax.convert import pipeline
-from pi_jax.convert.folders import has_tokenizer, is_remote, new_folder, require_absent
+from pi_jax.convert.folders import has_tokenizer
 from pi_jax.convert.formats import hf, meta, native
 from pi_jax.convert.formats.meta import MetaOptions
 from pi_jax.convert.open import Source, open_model

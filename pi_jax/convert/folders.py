@@ -1,15 +1,11 @@
-"""Model folders on local or remote storage: atomic creation, JSON files and tokenizer files.
+"""Files of model folders on local or remote storage: JSON and tokenizer files.
 
 Paths are `etils.epath.Path`: local folders, or `gs://`, `s3://` and `az://` URLs if the client of that storage is
 installed (`pip install gcsfs`, `s3fs`, `adlfs`).
 """
 
-import contextlib
-import errno
 import json
-import secrets
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -19,11 +15,6 @@ from pi_jax.errors import InputError
 
 GENERATION_FILE = "generation_config.json"
 """File with the generation settings of a Hugging Face folder."""
-
-
-def is_remote(path: Any) -> bool:
-    """Whether a path is a URL on remote storage."""
-    return "://" in str(path)
 
 
 def read_json(path: Any) -> dict[str, Any]:
@@ -46,42 +37,6 @@ def read_json(path: Any) -> dict[str, Any]:
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:
     """Writes a JSON object with indentation."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def require_absent(target: str) -> epath.Path:
-    """Returns the path of a folder to create after checking that it does not exist."""
-    path = epath.Path(target)
-    if path.exists():
-        raise InputError(f"{target} already exists: remove it or choose another name")
-    return path
-
-
-@contextlib.contextmanager
-def new_folder(target: str) -> Iterator[epath.Path]:
-    """Yields a temporary folder next to `target`. It is renamed to `target` on success and removed on failure.
-
-    Raises:
-      InputError: if `target` exists or cannot be written.
-    """
-    path = require_absent(target)
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{target} cannot be created: {error.strerror or error}") from None
-    try:
-        yield temporary
-        temporary.rename(path)
-    except OSError as error:
-        if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
-            raise InputError(
-                f"{target} was created by another process in the meantime: it was not overwritten"
-            ) from None
-        raise InputError(f"{target} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            if temporary.exists():
-                temporary.rmtree()
 
 
 def copy_files(source: Any, target: Any, window: int | None = None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tyro
 
-from pi_jax import cli, log
+from pi_jax import atomic, cli, log
 from pi_jax.data import documents, store
 from pi_jax.data.tokenizer import Prompt, encode, load_tokenizer, special_tokens
 from pi_jax.errors import InputError
@@ -218,6 +218,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         summary = prepare(options)
         print(summary)
         if options.report:
-            cli.write_json(options.report, dataclasses.asdict(summary))
+            atomic.write_json(options.report, dataclasses.asdict(summary))
 
     cli.run(command)

@@ -12,6 +12,7 @@ missing chunk is an error and never read as zeros. Offsets are kept in memory: 8
 """
 
 import array
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,6 +29,7 @@ import tensorstore as ts
 from jaxtyping import Int
 
 from pi_jax import __version__
+from pi_jax.atomic import new_folder
 from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo
 from pi_jax.errors import InputError
 
@@ -55,8 +57,7 @@ def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]
 class TokenStoreWriter:
     """Writes a store. A context manager that creates a complete store at `path`, or nothing if there is an error.
 
-    All files are written to a temporary folder next to `path`, which is renamed at the end. At most one shard is in
-    memory.
+    All files are written to a temporary folder (`atomic.new_folder`). At most one shard is in memory.
 
     Args:
       path: local folder to create.
@@ -85,7 +86,6 @@ class TokenStoreWriter:
         if "://" in path:
             raise InputError(f"{path} is a URL: write the token store to a local folder and copy it there afterwards")
         self._path = pathlib.Path(path).absolute()
-        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.writing")
         self._tokenizer, self._tokenizer_dir = tokenizer, pathlib.Path(tokenizer_dir)
         self._facts, self._overwrite, self._chunk = dict(facts or {}), overwrite, chunk_tokens
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -99,12 +99,15 @@ class TokenStoreWriter:
                 raise InputError(f"{self._path} already exists: choose another folder, or use --overwrite")
             if not (self._path / "manifest.json").is_file():
                 raise InputError(f"{self._path} is not a token store, so it is not overwritten: remove it manually")
-        try:
-            self._temporary.mkdir(parents=True)
-            self._tokens = _create(self._temporary / "tokens", self._buffer.dtype, len(self._buffer), self._chunk)
-        except (OSError, ValueError) as error:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            raise InputError(f"{self._path} cannot be written: {error}") from None
+        with contextlib.suppress(OSError):
+            self._path.rmdir()  # an empty folder is as good as none
+        with contextlib.ExitStack() as stack:
+            self._temporary = pathlib.Path(stack.enter_context(new_folder(str(self._path), self._overwrite)))
+            try:
+                self._tokens = _create(self._temporary / "tokens", self._buffer.dtype, len(self._buffer), self._chunk)
+            except ValueError as error:
+                raise InputError(f"{self._path} cannot be written: {_first_line(error)}") from None
+            self._stack = stack.pop_all()
         return self
 
     def add(self, tokens: Int[np.ndarray, " n"], prompt: int = 0) -> None:
@@ -135,14 +138,12 @@ class TokenStoreWriter:
             if self._filled == len(self._buffer):
                 self._flush()
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        except OSError as error:
-            raise InputError(f"{self._path} cannot be written: {error}") from None
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, *error)
+            return
+        with self._stack:
+            self._finish()
 
     @property
     def num_documents(self) -> int:
@@ -184,13 +185,6 @@ class TokenStoreWriter:
             "files": {f.relative_to(self._temporary).as_posix(): f.stat().st_size for f in files},
         }
         (self._temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        if self._path.exists():
-            former = self._temporary.with_suffix(".former")
-            self._path.rename(former)
-            self._temporary.rename(self._path)
-            shutil.rmtree(former)
-        else:
-            self._temporary.rename(self._path)
 
     def _write_whole(self, name: str, values: np.ndarray) -> None:
         target = _create(self._temporary / name, values.dtype, SHARD_TOKENS, CHUNK_TOKENS)

@@ -23,7 +23,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from pi_jax import cli, log
+from pi_jax import atomic, cli, log
 from pi_jax.data.tokenizer import require_known
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
@@ -297,8 +297,8 @@ def harness(args: Harness) -> dict[str, Any]:
     """Runs the command and returns its result."""
     import lm_eval
 
-    cli.require_writable(args.output)
-    cli.require_writable(args.samples)
+    atomic.require_writable(args.output)
+    atomic.require_writable(args.samples)
     names, manager = load_tasks(args.tasks, args.include)
     loaded = LoadedModel.for_evaluation(args)
     source, tokenizer = loaded.source, loaded.tokenizer

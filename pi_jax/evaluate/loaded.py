@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pi_jax import cli, log
+from pi_jax import atomic, log
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig, RopeConfig
 from pi_jax.convert.open import Source, open_model
 from pi_jax.data.tokenizer import encode_prompt, load_tokenizer, require_known, special_tokens
@@ -92,7 +92,7 @@ class LoadedModel:
         Raises:
           InputError: as `open`, or if the output cannot be written.
         """
-        cli.require_writable(options.output)
+        atomic.require_writable(options.output)
         return cls.open(options.model, rope=options.rope, dtype=options.dtype, mesh=options.mesh)
 
     @property

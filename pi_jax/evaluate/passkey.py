@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from pi_jax import cli, log, plotting
+from pi_jax import atomic, cli, log, plotting
 from pi_jax.data.tokenizer import require_known
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
@@ -230,7 +230,7 @@ def _check(args: Passkey) -> None:
         raise InputError(f"--grid-depths is {args.grid_depths}: depths must be between 0 and 1")
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}: it must be 0 or more")
-    cli.require_writable(args.figure)
+    atomic.require_writable(args.figure)
     if args.figure:
         plotting.new_figure(1, 1, 1)  # fail early if matplotlib is not installed
 
@@ -330,7 +330,7 @@ def plot(path: str, report: dict[str, Any]) -> None:
     axes.set_title(
         f"Passkey, {report['model']}, {report['rope']}, window {report['model_window']:,}, {trials} trials", fontsize=10
     )
-    with cli.new_file(path) as file:
+    with atomic.new_file(path) as file:
         figure.savefig(file, dpi=130, format="png")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from pi_jax import cli
+from pi_jax import atomic
 from pi_jax.config import ModelConfig
 
 
@@ -35,7 +35,7 @@ def report(command: str, path: str, config: ModelConfig, protocol: dict[str, Any
 def write(path: str, value: Any) -> None:
     """Writes `value` as JSON from process 0. Does nothing if the path is empty."""
     if path and jax.process_index() == 0:
-        cli.write_json(path, value)
+        atomic.write_json(path, value)
 
 
 def effective_length(lengths: Sequence[int], scores: Sequence[float], threshold: float) -> int:

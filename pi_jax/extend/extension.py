@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
-from pi_jax import cli, log
+from pi_jax import atomic, log
 from pi_jax.config import flatten, parse
 from pi_jax.convert.folders import read_json
 from pi_jax.convert.open import open_model
@@ -290,8 +290,8 @@ def _open_output(extension: Extension) -> None:
         return
     if extension.output.is_dir() and any(extension.output.iterdir()):
         raise InputError(f"--output {extension.output} is not empty and was not made by extend: choose another folder")
-    cli.write_json(str(record), now)
-    with cli.new_file(extension.output / "config.py") as file:
+    atomic.write_json(str(record), now)
+    with atomic.new_file(extension.output / "config.py") as file:
         file.write_text(extension.config())
 
 

@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from pi_jax import cli, log
+from pi_jax import atomic, log
 from pi_jax.evaluate import result
 from pi_jax.evaluate.report import figures
 from pi_jax.evaluate.report.gather import gather
@@ -212,9 +212,9 @@ def write(extension: "Extension") -> list[Claim]:
     sections = [first, *build(gather(inputs))]
     title = f"{pathlib.Path(extension.options.model).name}: {extension.base:,} to {extension.window:,} tokens"
     for name, text in (("report.html", to_html(title, sections)), ("report.md", to_markdown(title, sections))):
-        with cli.new_file(extension.output / name) as file:
+        with atomic.new_file(extension.output / name) as file:
             file.write_text(text)
-    cli.write_json(str(extension.output / "verdict.json"), [dataclasses.asdict(c) for c in claims])
+    atomic.write_json(str(extension.output / "verdict.json"), [dataclasses.asdict(c) for c in claims])
     return claims
 
 

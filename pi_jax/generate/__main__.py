@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from pi_jax import cli
+from pi_jax import atomic, cli
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
@@ -43,7 +43,7 @@ class Generate(ModelOptions):
 
 def generate(args: Generate) -> list[str]:
     """Runs the command and returns the continuations."""
-    cli.require_writable(args.output)
+    atomic.require_writable(args.output)
     texts = [*args.prompt, *([_read(args.prompt_file)] if args.prompt_file else [])]
     if not texts:
         raise InputError("nothing to continue: pass --prompt TEXT or --prompt-file FILE")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from pi_jax import cli, log
+from pi_jax import atomic, cli, log
 from pi_jax.config import Config, extend, parse
 from pi_jax.errors import InputError
 from pi_jax.parallel import sharding
@@ -35,7 +35,7 @@ def run(arguments: Arguments, config: Config) -> bool:
     cluster = topology.parse(arguments.topology)
     cluster.require_compiler()
     if arguments.output:
-        cli.require_writable(arguments.output)
+        atomic.require_writable(arguments.output)
     if config.model:  # a plan needs no weights, so the folder of the base model does not have to exist
         model = extend(config.model, config.rope)
     else:
@@ -53,7 +53,7 @@ def run(arguments: Arguments, config: Config) -> bool:
         tried = [result := plan(config, model, mesh, cluster.chip.memory, str(cluster))]
     print(report(result, config, model))
     if arguments.output:
-        cli.write_json(
+        atomic.write_json(
             arguments.output, as_json(result) | ({"tried": list(map(as_json, tried))} if arguments.search else {})
         )
     return result.fits

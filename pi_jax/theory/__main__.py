@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from pi_jax import cli
+from pi_jax import atomic, cli
 from pi_jax.errors import InputError
 from pi_jax.plotting import new_figure
 from pi_jax.theory.bounds import SEED, bound_rows, bound_tables, fit
@@ -61,7 +61,7 @@ def theory(args: Theory) -> dict[str, Any]:
         report |= {"model": args.model, "text": args.text, "measured": measured.summarize(scores)}
         plot_measured(folder / "measured.png", scores)
         print(f"\nMeasured on {args.model}\n" + measured.table(report["measured"]))
-    cli.write_json(str(folder / "theory.json"), report)
+    atomic.write_json(str(folder / "theory.json"), report)
     print(f"\nwritten to {args.output}: figures and theory.json")
     return report
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pi_jax import cli, log
+from pi_jax import atomic, log
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import Config, ModelConfig, ProfileConfig, describe, flatten
 from pi_jax.convert.folders import read_json
@@ -79,7 +79,7 @@ def train(config: Config, base: Config | None = None) -> dict[str, Any]:
         with metrics.Metrics(output, config.logging, flatten(experiment.config), int(state.step)) as logger:
             result = _run(experiment, state, checkpoints, logger, preempted)
     if jax.process_index() == 0:
-        cli.write_json(str(output / "result.json"), result)
+        atomic.write_json(str(output / "result.json"), result)
     log.info(
         f"Done. Weights, log and result are in {output}; export the model with\n"
         f"  python -m pi_jax.convert --source {output} --target {output}-hf --format hf"

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pi_jax import __version__, cli, log
+from pi_jax import __version__, atomic, log
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import Config, ModelConfig, flatten
 from pi_jax.convert import model_card
@@ -114,8 +114,8 @@ def write_run_files(output: pathlib.Path, config: Config, model: ModelConfig, fi
             folder.mkdir(exist_ok=True)
             names = (folder / f"{number}.json" for number in itertools.count(1))
             shutil.copy(output / "config.json", next(name for name in names if not name.exists()))
-        cli.write_json(str(output / "config.json"), now | {"first_step": done + 1})
+        atomic.write_json(str(output / "config.json"), now | {"first_step": done + 1})
     folder = output / RUN_MODEL
     folder.mkdir(parents=True, exist_ok=True)
     copy_files(files, folder, model.max_position_embeddings)
-    cli.write_json(str(folder / "config.json"), hf.config_dict(model, config.compute.param_dtype))
+    atomic.write_json(str(folder / "config.json"), hf.config_dict(model, config.compute.param_dtype))

@@ -13,15 +13,10 @@ import numpy as np
 from etils import epath
 
 from pi_jax import log, rope
+from pi_jax.atomic import new_folder
 from pi_jax.config import ComputeConfig, ModelConfig
 from pi_jax.convert import model_card, param_mapping, pipeline, sharded_load
-from pi_jax.convert.folders import (
-    GENERATION_FILE,
-    copy_files,
-    new_folder,
-    read_json,
-    write_json,
-)
+from pi_jax.convert.folders import GENERATION_FILE, copy_files, read_json, write_json
 from pi_jax.convert.formats import safetensors
 from pi_jax.convert.verify import readback
 from pi_jax.errors import InputError, some

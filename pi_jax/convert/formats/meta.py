@@ -19,9 +19,10 @@ import numpy as np
 from etils import epath
 
 from pi_jax import log
+from pi_jax.atomic import is_remote
 from pi_jax.config import ModelConfig
 from pi_jax.convert import param_mapping, pipeline
-from pi_jax.convert.folders import copy_files, is_remote, read_json, write_json
+from pi_jax.convert.folders import copy_files, read_json, write_json
 from pi_jax.convert.formats import hf, pth
 from pi_jax.convert.verify import readback
 from pi_jax.errors import InputError

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from pi_jax.atomic import is_remote
 from pi_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from pi_jax.convert import pipeline, sharded_load
-from pi_jax.convert.folders import is_remote, read_json
+from pi_jax.convert.folders import read_json
 from pi_jax.convert.verify import readback
 from pi_jax.errors import InputError, some
 from pi_jax.parallel import placement, sharding

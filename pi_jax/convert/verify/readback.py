@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from pi_jax.atomic import is_remote
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import CheckpointConfig, ModelConfig
 from pi_jax.convert import param_mapping, pipeline
-from pi_jax.convert.folders import is_remote, read_json
+from pi_jax.convert.folders import read_json
 from pi_jax.convert.formats.safetensors import File
 
 Read = Callable[[param_mapping.Tensor], np.ndarray]

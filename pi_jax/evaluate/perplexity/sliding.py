@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from pi_jax import cli
+from pi_jax import atomic
 from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.model import Llama
 
@@ -157,7 +157,7 @@ class Partial:
         self._arrays |= {f"{key}/done": np.int64(done), f"{key}/losses": losses}
         if jax.process_index() or (not last and time.monotonic() - self._saved < _SECONDS_BETWEEN_SAVES):
             return
-        with cli.new_file(self.path) as temporary, open(temporary, "wb") as file:
+        with atomic.new_file(self.path) as temporary, open(temporary, "wb") as file:
             np.savez(file, identity=np.array(self._identity), **self._arrays)
         self._saved = time.monotonic()
 

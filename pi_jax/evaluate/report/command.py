@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from pi_jax import cli
+from pi_jax import atomic, cli
 from pi_jax.errors import InputError
 from pi_jax.evaluate.report.gather import gather
 from pi_jax.evaluate.report.page import to_html, to_markdown
@@ -40,10 +40,10 @@ def report(args: Report) -> None:
     page = pathlib.Path(args.output)
     markdown = page.with_suffix(".md")
     for file in (page, markdown):
-        cli.require_writable(str(file))
+        atomic.require_writable(str(file))
     sections = build(gather(args.inputs))
     for file, text in ((page, to_html(args.title, sections)), (markdown, to_markdown(args.title, sections))):
-        with cli.new_file(file) as temporary:
+        with atomic.new_file(file) as temporary:
             temporary.write_text(text)
     print(f"{len(sections)} sections in {page} and {markdown}")
 

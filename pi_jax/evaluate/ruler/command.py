@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from pi_jax import cli, log
+from pi_jax import atomic, cli, log
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import AnswerOptions, LoadedModel, answer
@@ -38,7 +38,7 @@ def _check(args: Ruler) -> None:
             raise InputError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
         if TASKS[name].essays and not args.essays:
             raise InputError(f"task {name} hides its needles in essays: pass text files with --essays")
-    cli.require_writable(args.output)  # before the essays are read
+    atomic.require_writable(args.output)  # before the essays are read
 
 
 def ruler(args: Ruler) -> dict[str, Any]:
