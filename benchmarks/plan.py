@@ -52,6 +52,12 @@ def changed(config: Config, changes: dict[str, dict]) -> Config:
     return dataclasses.replace(config, **sections)
 
 
+def _option(section: str, field: str, value: object) -> str:
+    """The change as an option of `python -m pi_jax.train`."""
+    name = f"--{section}.{field}".replace("_", "-")
+    return f"`{name}`" if value is True else f"`{name} {value}`"
+
+
 def main() -> None:
     args = tyro.cli(Benchmark)
     results = []
@@ -69,7 +75,7 @@ def main() -> None:
         mesh = sharding.make_mesh(config.mesh, cluster.devices())
         found = memory.plan(config, extend(config.model, config.rope), mesh, cluster.chip.memory, machine)
         results.append({"config": name, "changes": changes} | memory.as_json(found))
-        words = ", ".join(f"{s}.{k} {v}" for s, values in changes.items() for k, v in values.items())
+        words = ", ".join(_option(s, k, v) for s, values in changes.items() for k, v in values.items())
         sizes = " | ".join(f"{size / GIB:.1f}" for size in (*found.parts.values(), found.peak, found.host))
         print(f"| {name} | {words} | {machine} | {found.rows} x {config.data.window} | {sizes} |", flush=True)
     if args.output:
