@@ -9,6 +9,7 @@ from typing import Any
 
 from pi_jax import __version__, dependencies
 from pi_jax.errors import InputError
+from pi_jax.parallel import ending
 
 COMMANDS = {
     "prepare": "tokenize text into a token store",
@@ -22,26 +23,24 @@ COMMANDS = {
 }
 
 
-def run(command: Callable[[], Any]) -> None:
-    """Runs a command. Bad input prints one sentence on stderr and exits with status 2, without a traceback."""
+def run(command: Callable[[], Any], connect: Callable[[], Any] | None = None) -> None:
+    """Runs a command. Bad input prints one sentence on stderr and exits with status 2, without a traceback.
+
+    Args:
+      command: the command. If it is connected to other processes, they end too, with the same status and sentence.
+      connect: connects to them, for an error that the command meets before it does so itself.
+    """
     try:
         command()
     except InputError as error:
-        sys.exit(_fail(str(error)))
+        ending.end(2, str(error), connect=connect)
     except FloatingPointError as error:  # the run itself failed; its input was fine
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        ending.end(1, str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        ending.end(130, "interrupted", show=lambda: print("interrupted", file=sys.stderr))
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        ending.end(141, "the reader of the output has gone", show=lambda: None)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,4 +56,4 @@ def main(argv: list[str] | None = None) -> None:
         return
     print("usage: pi-jax COMMAND [--help] | --version\n\n" + "\n".join(f"  {k:10} {v}" for k, v in COMMANDS.items()))
     if argv and argv[0] not in ("-h", "--help"):
-        sys.exit(_fail(f"{argv[0]!r} is not a command: choose one of {', '.join(COMMANDS)}"))
+        ending.end(2, f"{argv[0]!r} is not a command: choose one of {', '.join(COMMANDS)}")

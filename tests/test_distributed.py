@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -264,8 +265,84 @@ def test_processes_with_different_configs_are_refused(tmp_path):
     command = _command(tmp_path / "run")
     odd = ["bash", "-c", '"$@" --data.seed "$PI_JAX_PROCESS_ID"', "-", *command]
     done = _run([ROOT / "launch" / "local.sh", "2", *odd], _environment(2))
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "the config of processes [1] differs from that of process 0" in done.stderr
+
+
+FAILING = """
+import os, sys
+import numpy as np
+from jax.experimental import multihost_utils
+from pi_jax import cli
+from pi_jax.errors import InputError
+from pi_jax.parallel import processes
+
+def fail(here):
+    if here == when and os.environ["PI_JAX_PROCESS_ID"] == who:
+        raise {"input": InputError, "crash": KeyError}[how]("no such file")
+
+def command():
+    fail("before they are connected")
+    processes.initialize()
+    fail("before they use a device")
+    for step in range(10**6 if when == "while the others wait" else 10):
+        multihost_utils.process_allgather(np.array([step]))
+        if step == 3:
+            fail("while the others wait")
+    fail("while the others finish")
+
+how, who, when = sys.argv[1:]
+cli.run(command, connect=processes.connect)
+"""
+
+
+def _ended(command, count):
+    """The status, stderr, and seconds after the first that ended, of each of several processes."""
+    where = {"PI_JAX_COORDINATOR": f"127.0.0.1:{_port()}", "PI_JAX_NUM_PROCESSES": str(count)}
+    running = [
+        subprocess.Popen(command, env=_environment(1, **where, PI_JAX_PROCESS_ID=str(i)), text=True, cwd=ROOT,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        ends, end = {}, time.monotonic() + 150
+        while len(ends) < count and time.monotonic() < end:
+            ends |= {i: time.monotonic() for i, p in enumerate(running) if i not in ends and p.poll() is not None}
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()
+    return [(p.wait(), p.stderr.read(), ends[i] - min(ends.values())) for i, p in enumerate(running)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how, who, when",
+    [
+        ("input", 0, "before they are connected"),
+        ("input", 1, "before they are connected"),
+        ("input", 1, "before they use a device"),
+        ("input", 0, "while the others wait"),
+        ("input", 2, "while the others wait"),
+        ("crash", 0, "while the others wait"),
+        ("crash", 1, "while the others wait"),
+        ("input", 0, "while the others finish"),
+    ],
+)
+def test_an_error_on_one_process_ends_all_with_its_status_and_sentence(how, who, when):
+    status, message = {"input": (2, "no such file\n"), "crash": (1, "KeyError: 'no such file'\n")}[how]
+    for process, (code, error, after) in enumerate(_ended([sys.executable, "-c", FAILING, how, str(who), when], 3)):
+        assert code == status, error
+        assert after < 10
+        assert error.endswith(f"error: process {who}: {message}" if process != who else message)
+        assert error.count("Traceback") == (process == who and how == "crash")
+
+
+def test_a_failure_ends_its_process_when_jax_has_no_store_to_tell_others():
+    """The store is not in JAX's public API. Without it, Python's exit would still wait for the other processes."""
+    code = "from pi_jax.parallel import processes; processes._watch_others(); raise KeyError('no such file')"
+    done = _run([sys.executable, "-c", code], _environment(1))
+    assert done.returncode == 1 and done.stderr.endswith("KeyError: 'no such file'\n")
 
 
 def test_one_process_saves_itself_when_preempted(tmp_path, inputs):

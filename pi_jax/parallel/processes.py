@@ -3,6 +3,7 @@
 Call `initialize` once, before anything touches a device. `pi_jax.parallel.cluster` lists the variables that it reads.
 """
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from pi_jax import log
 from pi_jax.errors import InputError
+from pi_jax.parallel import ending
 from pi_jax.parallel.cluster import Cluster, detect, number
 from pi_jax.parallel.xla_options import cache_compiled_programs, set_xla_options
 
@@ -37,6 +39,19 @@ def initialize() -> None:
     """
     set_xla_options(os.environ)
     cache_compiled_programs()
+    if launcher := connect():
+        log.info(f"{launcher}: {jax.process_count()} processes, {jax.local_device_count()} devices each")
+
+
+def connect() -> str:
+    """Connects to the other processes without using a device.
+
+    Returns:
+      The launcher and the coordinator; empty if this process is alone.
+
+    Raises:
+      InputError: if the variables are inconsistent or the port of the coordinator is taken.
+    """
     cluster = detect(os.environ)
     timeout = number(os.environ, "PI_JAX_TIMEOUT", "300")
     limits = {
@@ -47,8 +62,9 @@ def initialize() -> None:
     if cluster is None:
         if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
             jax.distributed.initialize(**limits)
-            _report("TPU pod", "")
-        return
+            _watch_others()
+            return "TPU pod"
+        return ""
     if cluster.process == 0:
         _require_free(cluster)
     with _no_longer_than(timeout, cluster):
@@ -60,8 +76,26 @@ def initialize() -> None:
             cluster_detection_method="deactivate",
             **limits,
         )
-    _end_all_on_error()
-    _report(cluster.launcher, cluster.coordinator)
+    _watch_others()
+    return f"{cluster.launcher}, coordinator {cluster.coordinator}"
+
+
+def _watch_others() -> None:
+    """Ends this process when another fails, and the others when this one does."""
+    try:  # no public API has the store; without it, the others end after the heartbeat
+        from jax._src.distributed import global_state
+
+        store, process, processes = global_state.client, global_state.process_id, global_state.num_processes
+    except (ImportError, AttributeError):
+        store = None
+    if not hasattr(store, "key_value_dir_get"):
+        store, process, processes = ending.NoStore(), jax.process_index(), jax.process_count()
+    finish = ending.watch(store, process, processes)
+
+    @atexit.register
+    def leave():
+        jax.distributed.shutdown()  # waits for the others, which may fail meanwhile
+        finish()
 
 
 def _whom(cluster: Cluster) -> str:
@@ -98,23 +132,6 @@ def _no_longer_than(seconds: int, cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _report(launcher: str, coordinator: str) -> None:
-    where = f", coordinator {coordinator}" if coordinator else ""
-    log.info(f"{launcher}: {jax.process_count()} processes{where}, {jax.local_device_count()} devices each")
-
-
-def _end_all_on_error() -> None:
-    """Makes an exception end this process at once. A normal exit would wait for processes that wait for this one."""
-    show = sys.excepthook
-
-    def end(kind, error, trace):
-        show(kind, error, trace)
-        sys.stderr.flush()
-        os._exit(1)
-
-    sys.excepthook = end
 
 
 def require_same(what: str, text: str) -> None:
