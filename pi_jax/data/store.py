@@ -28,13 +28,12 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int
 
-from pi_jax import __version__
+from pi_jax import __version__, limits
 from pi_jax.atomic import new_folder
+from pi_jax.data.manifest import FORMAT, damaged, parse
 from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo
 from pi_jax.errors import InputError
-
-FORMAT = 1
-"""Version of the format, stored in the manifest."""
+from pi_jax.files import require_own
 
 SHARD_TOKENS = 2**24
 """Tokens per file. The writer keeps this many tokens in memory."""
@@ -169,6 +168,7 @@ class TokenStoreWriter:
         (self._temporary / "tokenizer").mkdir()
         for pattern in TOKENIZER_FILES:
             for file in self._tokenizer_dir.glob(pattern):
+                require_own(file, limits.TOKENIZER)
                 shutil.copyfile(file, self._temporary / "tokenizer" / file.name)
 
         files = sorted(f for f in self._temporary.rglob("*") if f.is_file())
@@ -246,30 +246,38 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str) -> "TokenStore":
-        """Opens a store and checks that each file exists with at least the size stated in the manifest.
+        """Opens a store. Checks the manifest, that each file has at least the size stated there, and the boundaries of
+        documents; token ids are checked when they are read.
 
         Raises:
           InputError: if `path` is not a token store, or has another format version, is incomplete or damaged.
         """
         try:
             files = ts.KvStore.open(_kvstore(path)).result()
-            manifest = files.read("manifest.json").result(timeout=_SECONDS_TO_ANSWER)
-            if manifest.state != "value":
+            found = files.read("manifest.json").result(timeout=_SECONDS_TO_ANSWER)
+            if found.state != "value":
                 raise InputError(
                     f"{path} is not a complete token store, because it has no manifest.json: create one with python -m "
                     "pi_jax.prepare"
                 )
-            manifest = _checked_manifest(path, manifest.value)
+            limits.require(f"{path}/manifest.json has", len(found.value), limits.JSON)
+            manifest = parse(path, found.value)
             last_bytes = {
                 name: files.read(name, byte_range=slice(max(size - 1, 0), size))
                 for name, size in manifest["files"].items()
             }
             for name, byte in last_bytes.items():
                 if byte.exception() or byte.result().state != "value":
-                    raise InputError(f"{path} is damaged: {name} is missing or truncated; copy or prepare it again")
-            tokens, offsets = _open(path, "tokens"), _open(path, "offsets").read().result()
+                    raise damaged(path, f"{name} is missing or truncated")
+            tokens = _open(path, "tokens", manifest["tokens"], np.uint16, np.uint32)
+            documents = manifest["documents"]
+            limits.require(f"{path} has", documents, limits.DOCUMENTS, "documents")
+            offsets = _open(path, "offsets", documents + 1, np.int64).read().result()
+            _check_offsets(path, offsets, manifest["tokens"])
             has_prompts = any(name.startswith("prompts/") for name in manifest["files"])
-            prompts = _open(path, "prompts").read().result() if has_prompts else None
+            prompts = _open(path, "prompts", documents, np.int64).read().result() if has_prompts else None
+            if prompts is not None:
+                _check_prompts(path, prompts, offsets)
         except InputError:
             raise
         except TimeoutError:
@@ -302,21 +310,30 @@ class TokenStore:
     @property
     def largest_token(self) -> int:
         """Largest token id in the store; in a store of an older version, that of the tokenizer."""
-        return self.manifest.get("largest_token", self.tokenizer.vocab_size - 1)
+        return self.manifest["largest_token"]
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " stop-start"]:
         """Reads tokens start:stop of the concatenated documents, int32.
 
         Raises:
           IndexError: if the range is not within the store.
-          InputError: if a file cannot be read or a checksum is wrong.
+          InputError: if a file cannot be read, a checksum is wrong, or a token id is above `largest_token`.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} are out of range: the store has {self.num_tokens} tokens")
         try:
-            return self._tokens[start:stop].read().result().astype(np.int32)
+            tokens = self._tokens[start:stop].read().result()
         except ValueError as error:
             raise InputError(f"{self.path}: tokens {start}:{stop} cannot be read: {_first_line(error)}") from None
+        if tokens.size and tokens.max() > self.largest_token:
+            at = start + int(np.argmax(tokens > self.largest_token))
+            document = int(np.searchsorted(self.offsets, at, side="right")) - 1
+            raise damaged(
+                self.path,
+                f"token {at - self.offsets[document]} of document {document} is {tokens[at - start]}, but the largest "
+                f"token must be {self.largest_token}, by its manifest.json",
+            )
+        return tokens.astype(np.int32)
 
     @functools.cached_property
     def tokenizer_dir(self) -> str:
@@ -338,7 +355,7 @@ def _kvstore(path: str, name: str = "") -> str | dict[str, str]:
     return {"driver": "file", "path": os.path.join(os.path.abspath(path), name, "")}
 
 
-def _open(path: str, name: str) -> ts.TensorStore:
+def _open(path: str, name: str, length: int, *dtypes: type) -> ts.TensorStore:
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore(path, name),
@@ -348,18 +365,36 @@ def _open(path: str, name: str) -> ts.TensorStore:
         "recheck_cached_metadata": "open",
         "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
     }
-    return ts.open(spec, read=True).result()
-
-
-def _checked_manifest(path: str, data: bytes) -> dict[str, Any]:
-    try:
-        manifest = json.loads(data)
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is not a token store: pi_jax.prepare did not write its manifest.json") from None
-    if version != FORMAT:
-        raise InputError(
-            f"{path} is a token store of format {version}, but this version of pi_jax reads format {FORMAT}: prepare "
-            "it again"
+    opened = ts.open(spec, read=True).result()
+    dtype = opened.dtype.numpy_dtype
+    if opened.shape != (length,) or dtype not in dtypes:
+        wanted = " or ".join(np.dtype(known).name for known in dtypes)
+        raise damaged(
+            path, f"{name} is {dtype}{list(opened.shape)}, but must be {wanted}{[length]}, by its manifest.json"
         )
-    return manifest
+    chunk = opened.chunk_layout.read_chunk.shape[0]
+    limits.require(f"{path}: a chunk of {name} has", chunk, limits.CHUNK, "values")
+    return opened
+
+
+def _check_offsets(path: str, offsets: np.ndarray, tokens: int) -> None:
+    """Checks that documents follow each other without gaps, have tokens, and contain all of them."""
+    if offsets[0] != 0:
+        raise damaged(path, f"its first document starts at token {offsets[0]}, but must start at 0")
+    if (wrong := offsets[1:] <= offsets[:-1]).any():
+        i = int(np.argmax(wrong))
+        raise damaged(path, f"document {i} goes from token {offsets[i]} to {offsets[i + 1]}, but must have tokens")
+    if offsets[-1] != tokens:
+        raise damaged(
+            path, f"its last document ends at token {offsets[-1]}, but must end at {tokens}, the number of tokens"
+        )
+
+
+def _check_prompts(path: str, prompts: np.ndarray, offsets: np.ndarray) -> None:
+    if (wrong := (prompts < 0) | (prompts >= np.diff(offsets))).any():
+        i = int(np.argmax(wrong))
+        raise damaged(
+            path,
+            f"document {i} has {prompts[i]} prompt tokens, but must have fewer than its tokens, "
+            f"{offsets[i + 1] - offsets[i]}",
+        )
