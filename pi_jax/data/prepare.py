@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from pi_jax import atomic, cli, log
-from pi_jax.data import documents, store
+from pi_jax.data import documents, find, store
 from pi_jax.data.tokenizer import Prompt, encode, load_tokenizer, special_tokens
 from pi_jax.errors import InputError
 
@@ -130,8 +130,8 @@ def prepare(options: Options) -> Summary:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = load_tokenizer(options.tokenizer)
-    files = documents.find_files(options.input)
-    sizes = {path: [os.path.getsize(f) for f in documents.find_files([path])] for path in options.input}
+    files = find.find_files(options.input)
+    sizes = {path: [os.path.getsize(f) for f in find.find_files([path])] for path in options.input}
     stream = documents.read_documents(options.input, options.text_field, options.prompt_field)
     prompt = Prompt(
         SUMMARIZE if options.prompt_template == "summarize" else options.prompt_template, options.max_prompt_tokens
@@ -194,7 +194,7 @@ def _summarize(options: Options, files: list[str], characters: int, empty: int, 
     added = written.num_documents * (options.bos + options.eos)
     return Summary(
         output=options.output,
-        files=dict(collections.Counter(map(documents.ending, files)).most_common()),
+        files=dict(collections.Counter(map(find.ending, files)).most_common()),
         documents=written.num_documents,
         empty_documents=empty,
         tokens=written.num_tokens,

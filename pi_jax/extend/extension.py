@@ -19,7 +19,7 @@ from pi_jax import atomic, log
 from pi_jax.config import flatten, parse
 from pi_jax.convert.folders import read_json
 from pi_jax.convert.open import open_model
-from pi_jax.data import documents
+from pi_jax.data import find
 from pi_jax.data.tokenizer import load_tokenizer
 from pi_jax.errors import InputError
 from pi_jax.evaluate import passkey
@@ -122,7 +122,7 @@ class Extension:
             `train_options` changes a setting that follows from the other options.
           SystemExit: with status 2, if `train_options` has an unknown field.
         """
-        documents.find_files(self.options.data)
+        find.find_files(self.options.data)
         files, config = self.source.files, self.source.config
         for path in self.heldout.values():
             _, texts = perplexity.read_tokens([path], files, config.vocab_size, self.window)

@@ -3,13 +3,16 @@
 import gzip
 import json
 import os
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pi_jax.data.documents import Document, find_files, read_documents
+from pi_jax import limits
+from pi_jax.data.documents import Document, read_documents
+from pi_jax.data.find import find_files
 from pi_jax.errors import InputError
 
 TEXTS = [
@@ -447,3 +450,75 @@ def test_rows_that_are_lost_are_missed(tmp_path):
 @pytest.mark.parametrize("text, empty", [("", True), (" \n\t\u3000", True), (" a ", False)])
 def test_white_space_is_no_text(text, empty):
     assert Document("a.txt", text, 0).empty == empty
+
+
+def compressed(path, *parts):
+    """Writes a gzip file of bytes, each many times: a bomb."""
+    with gzip.open(path, "wb", 1) as file:
+        for part, times in parts:
+            for _ in range(times):
+                file.write(part)
+    return path
+
+
+def lines_too_long(folder):
+    return compressed(folder / "a.jsonl.gz", (b'{"text": "', 1), (b"a" * 10**6, 300), (b'"}\n', 1))
+
+
+def list_too_long(folder):
+    return compressed(folder / "a.json.gz", (b"[", 1), (b"[]," * 10**6, 100), (b"[]]", 1))
+
+
+def object_too_long(folder):
+    return compressed(folder / "a.json.gz", (b'{"text": "', 1), (b"a" * 10**6, 300), (b'"}', 1))
+
+
+def text_too_long(folder):
+    path = folder / "a.txt"
+    path.touch()
+    os.truncate(path, 10**12)
+    return path
+
+
+TOO_LONG = {
+    "line": (lines_too_long, r"a.jsonl.gz has a line of more than 1,000,000 bytes: .* set PI_JAX_LIMITS=2 in"),
+    "list": (list_too_long, "a.json.gz is not JSON lines, so it is loaded completely, and has more than 2,000,000 "),
+    "object": (object_too_long, "a.json.gz is not JSON lines, so it is loaded completely, and has more than 2,000,000"),
+    "text": (text_too_long, r"a.txt is one document, and has 1,000,000,000,000 bytes, .* set PI_JAX_LIMITS=1000000 in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOO_LONG.values(), ids=TOO_LONG)
+def test_a_file_that_would_fill_the_memory(tmp_path, monkeypatch, case):
+    make, message = case
+    monkeypatch.setattr(limits, "DOCUMENT", 10**6)
+    monkeypatch.setattr(limits, "JSON_LIST", 2 * 10**6)
+    path = make(tmp_path)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=message):
+        list(read_documents([str(path)]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 10**7
+
+
+def test_a_long_list_of_documents_is_read(tmp_path, monkeypatch):
+    """Also where its only line is longer than a line of JSON lines may be."""
+    monkeypatch.setattr(limits, "DOCUMENT", 1000)
+    texts = [f"text {i}" for i in range(500)]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    assert [d.text for d in read_documents([str(tmp_path)])] == texts
+
+
+@pytest.mark.parametrize("ending", [".json", ".parquet"])
+def test_a_text_that_is_too_long(tmp_path, monkeypatch, ending):
+    texts = ["short", "é" * 600]
+    if ending == ".json":
+        (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
+    else:
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    monkeypatch.setattr(limits, "DOCUMENT", 1000)
+    with pytest.raises(InputError, match=r"a.* 2: field 'text' has 1,200 bytes, more than the 1,000 allowed: if that"):
+        list(read_documents([str(tmp_path)]))
+    monkeypatch.setenv("PI_JAX_LIMITS", "2")
+    assert [d.text for d in read_documents([str(tmp_path)])] == texts
