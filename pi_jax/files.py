@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import stat
 from typing import Any
 
 from etils import epath
@@ -32,12 +31,15 @@ def require_own(path: Any, limit: int) -> None:
         return
     if os.path.islink(path):
         _check_link(pathlib.Path(path))
-    if not os.path.exists(path) or os.path.isdir(path):
-        return
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    require_regular(path)
+    if os.path.isfile(path):
+        limits.require(f"{path} has", os.path.getsize(path), limit)
+
+
+def require_regular(path: Any) -> None:
+    """Checks that a local file is not a pipe or a device, of which reading might never end. Folders and URLs pass."""
+    if "://" not in str(path) and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(f"{path} is not a regular file: it must be one")
-    limits.require(f"{path} has", found.st_size, limit)
 
 
 def _check_link(path: pathlib.Path) -> None:

@@ -361,7 +361,11 @@ PTH = {
         {"a": torch.ones(8), "b": torch.ones(8)},
         "b is not where torch.save puts it: load the file",
     ),
-    "sparse": (torch.save, {"a": torch.eye(3).to_sparse()}, r"a is stated to be float32\[3, 3\], but it is not stored"),
+    "sparse": (
+        torch.save,
+        {"a": torch.eye(3).to_sparse()},
+        r"contains more than plain tensors \(torch._utils _rebuild_sparse_tensor\)",
+    ),
     "no dict": (torch.save, torch.ones(3), "contains a Tensor: it must contain a dict"),
 }
 
@@ -375,13 +379,12 @@ def test_tensors_of_a_pth_file_that_are_not_where_they_should_be(tmp_path, write
 
 
 def test_an_empty_pickle(tmp_path):
-    """What torch raises has no message."""
     file = tmp_path / "consolidated.00.pth"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a/data.pkl", b"")
         archive.writestr("a/version", b"3")
         archive.writestr("a/byteorder", b"little")
-    with pytest.raises(InputError, match="consolidated.00.pth is not a complete .pth file: EOFError"):
+    with pytest.raises(InputError, match="consolidated.00.pth is not a complete .pth file: pickle exhausted"):
         pth.File(file)
 
 

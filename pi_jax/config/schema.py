@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pi_jax import limits
 from pi_jax.config.validation import require, require_positive, require_types
 from pi_jax.rope import Default, Scaling, build_scaling
 
@@ -18,7 +19,7 @@ BUILTIN = "builtin:tiny"
 """As `train.init_from`, in `data.sources` or `evaluate.data`: the tiny model and text of `pi_jax.tiny`, made on the
 spot."""
 
-_MOST_LAYERS = 10_000  # tensors are listed layer by layer, so a damaged number would fill the memory
+_MOST_POSITIONS = 2**31 - 1  # they are int32
 
 DType = Literal["float32", "bfloat16"]
 
@@ -50,8 +51,14 @@ class ModelConfig:
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
         sizes += "num_key_value_heads head_dim max_position_embeddings rms_norm_eps"
         require_positive("model", self, *sizes.split())
-        layers = self.num_hidden_layers
-        require(layers <= _MOST_LAYERS, f"model.num_hidden_layers is {layers}: it must be at most {_MOST_LAYERS}")
+        if self.original_max_position_embeddings is not None:
+            require_positive("model", self, "original_max_position_embeddings")
+        limits.require("model.num_hidden_layers asks for", self.num_hidden_layers, limits.LAYERS, "layers")
+        window = self.max_position_embeddings
+        require(
+            window <= _MOST_POSITIONS,
+            f"model.max_position_embeddings is {window}: it must be at most {_MOST_POSITIONS}",
+        )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(
             heads % kv_heads == 0,

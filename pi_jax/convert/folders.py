@@ -10,8 +10,10 @@ from typing import Any
 
 from etils import epath
 
+from pi_jax import limits
 from pi_jax.data.tokenizer import TOKENIZER_FILES
 from pi_jax.errors import InputError
+from pi_jax.files import require_own
 
 GENERATION_FILE = "generation_config.json"
 """File with the generation settings of a Hugging Face folder."""
@@ -21,8 +23,9 @@ def read_json(path: Any) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-      InputError: if the file is missing or does not contain a JSON object.
+      InputError: if the file is missing, is no JSON object, is too large, or is a link out of its folder.
     """
+    require_own(path, limits.JSON)
     try:
         value = json.loads(epath.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -40,9 +43,14 @@ def write_json(path: epath.Path, value: dict[str, Any]) -> None:
 
 
 def copy_files(source: Any, target: Any, window: int | None = None) -> None:
-    """Copies tokenizer files and generation settings unchanged, except that `model_max_length` becomes `window`."""
+    """Copies tokenizer files and generation settings unchanged, except that `model_max_length` becomes `window`.
+
+    Raises:
+      InputError: if one of them is a link out of the folder, or too large.
+    """
     for name in (*TOKENIZER_FILES, GENERATION_FILE):
         file, copy = epath.Path(source) / name, epath.Path(target) / name
+        require_own(file, limits.TOKENIZER)
         if not file.is_file():
             continue
         if name == "tokenizer_config.json" and window:

@@ -31,23 +31,38 @@ class Facts:
 
 
 def facts_of_run(folder: Any, step: int) -> Facts:
-    """Reads the facts from a run's config.json and, if the run is finished, its result.json."""
+    """Reads the facts from a run's config.json and, if the run is finished, its result.json.
+
+    Raises:
+      InputError: if a value is of another type than a run writes.
+    """
+    path, result = pathlib.Path(folder) / "config.json", pathlib.Path(folder) / "result.json"
     try:
-        config = read_json(pathlib.Path(folder) / "config.json")["config"]
+        config = read_json(path)["config"]
     except (InputError, KeyError):
         return Facts()  # a converted checkpoint, not a run
-    result = pathlib.Path(folder) / "result.json"
     done = read_json(result) if result.is_file() else {}
-    return Facts(
-        base=pathlib.PurePath(str(config.get("train.init_from") or "")).name,
-        steps=step,
-        window=config.get("data.pose_window") or config.get("data.window", 0),
-        batch=config.get("data.batch_size", 0),
-        pose=bool(config.get("data.pose_window")),
-        learning_rate=config.get("optimizer.learning_rate", 0.0),
-        data=tuple(pathlib.PurePath(str(source)).name for source in config.get("data.sources", ())),
-        perplexity=tuple(done.get("perplexity", ())) if done.get("steps") == step else (),
-    )
+    try:
+        facts = Facts(
+            base=pathlib.PurePath(str(config.get("train.init_from") or "")).name,
+            steps=step,
+            window=config.get("data.pose_window") or config.get("data.window", 0),
+            batch=config.get("data.batch_size", 0),
+            pose=bool(config.get("data.pose_window")),
+            learning_rate=config.get("optimizer.learning_rate", 0.0),
+            data=tuple(pathlib.PurePath(str(source)).name for source in config.get("data.sources", ())),
+        )
+        _tuning(facts)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has a value of the wrong type: {error}") from None
+    if done.get("steps") != step:
+        return facts
+    try:
+        facts = dataclasses.replace(facts, perplexity=tuple(done.get("perplexity", ())))
+        _measured(facts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{result} has perplexities that are not a run's: {error}") from None
+    return facts
 
 
 def text(config: ModelConfig, dtype: str, facts: Facts) -> str:
@@ -73,20 +88,7 @@ def text(config: ModelConfig, dtype: str, facts: Facts) -> str:
         "",
     ]
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows if value), ""]
-    if facts.perplexity:
-        lines += [
-            "## Measured",
-            "",
-            "Perplexity on held-out text. Each token is predicted from at least window - stride preceding tokens:",
-            "",
-        ]
-        lines += ["| window | stride | tokens | perplexity |", "| ---: | ---: | ---: | ---: |"]
-        lines += [
-            f"| {row['window']:,} | {row.get('stride', '')} | {row.get('tokens', 0):,} | {row['perplexity']:.2f} |"
-            for row in facts.perplexity
-        ]
-        lines += [""]
-    return "\n".join([*lines, *_serving(config), ""])
+    return "\n".join([*lines, *_measured(facts), *_serving(config), ""])
 
 
 def _method(config: ModelConfig) -> str:
@@ -104,6 +106,24 @@ def _tuning(facts: Facts) -> str:
     tokens = f"{facts.steps:,} steps of {facts.batch} sequences, learning rate {facts.learning_rate:g}"
     reach = f"{'positions spread over (PoSE)' if facts.pose else 'sequences of'} {facts.window:,} tokens"
     return f"{tokens}; {reach}"
+
+
+def _measured(facts: Facts) -> list[str]:
+    if not facts.perplexity:
+        return []
+    return [
+        "## Measured",
+        "",
+        "Perplexity on held-out text. Each token is predicted from at least window - stride preceding tokens:",
+        "",
+        "| window | stride | tokens | perplexity |",
+        "| ---: | ---: | ---: | ---: |",
+        *(
+            f"| {row['window']:,} | {row.get('stride', '')} | {row.get('tokens', 0):,} | {row['perplexity']:.2f} |"
+            for row in facts.perplexity
+        ),
+        "",
+    ]
 
 
 def _serving(config: ModelConfig) -> list[str]:

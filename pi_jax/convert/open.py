@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 from etils import epath
 
+from pi_jax import limits
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import CheckpointConfig, ComputeConfig, ModelConfig, RopeConfig, extend
 from pi_jax.convert import model_card, pipeline, sharded_load
@@ -19,6 +20,7 @@ from pi_jax.convert.formats import hf, meta, native
 from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.convert.formats.native import MODEL as RUN_MODEL
 from pi_jax.errors import InputError, no_folder
+from pi_jax.files import require_own
 from pi_jax.model import Llama, abstract, parameter_axes
 from pi_jax.parallel import placement
 
@@ -105,11 +107,14 @@ def open_model(path: str, rope: RopeConfig = RopeConfig(), window: int = 0, eos:
       eos: tokens that end a text, if the files do not state all of them; added to those that they state.
 
     Raises:
-      InputError: if the folder is none of these, or its model is not supported.
+      InputError: if the folder is none of these, a file other than weights is a link out of it, or its model is not
+        supported.
     """
     folder = epath.Path(path)
     if not folder.is_dir():
         raise no_folder(path)
+    for name in (RUN_MODEL, "config.json", meta.PARAMS):
+        require_own(folder / name, limits.JSON)
     if (folder / RUN_MODEL / "config.json").is_file():
         kind, config = "run", hf.read_config(str(folder / RUN_MODEL))
     elif (folder / "config.json").is_file():

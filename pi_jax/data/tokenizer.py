@@ -1,5 +1,6 @@
 """Tokenizers: loading, encoding with special tokens, prompts, and the identity that a token store records."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -7,13 +8,16 @@ import json
 import os
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
+from pi_jax import limits
+from pi_jax.data.manifest import LARGEST_VOCABULARY
 from pi_jax.errors import LFS_BYTES, InputError, no_folder, require_downloaded, some
+from pi_jax.files import require_own
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,6 +31,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """Tokenizer files that may exist in a model folder. Those that exist are copied along with a model."""
+
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Folder from which transformers reads chat templates, too."""
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -55,12 +62,18 @@ def load_tokenizer(folder: str) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json can enable truncation and padding
     backend.no_padding()
-    _append_nothing(backend)
+    with _panics(folder):
+        _append_nothing(backend)
     return tokenizer
 
 
 def _check_files(folder: pathlib.Path) -> None:
-    """Rejects the folders for which transformers gives a misleading reason, asks a question or guesses a class."""
+    """Rejects files that are not the folder's own or too large, and the folders for which transformers gives a
+    misleading reason, asks a question or guesses a class."""
+    for name in (*TOKENIZER_FILES, "config.json", _MORE_TEMPLATES):
+        require_own(folder / name, limits.TOKENIZER)
+    for file in (folder / _MORE_TEMPLATES).glob("*"):
+        require_own(file, limits.TOKENIZER)
     complete, sentencepiece = folder / "tokenizer.json", folder / "tokenizer.model"
     for file in (complete, sentencepiece):
         if file.is_file() and file.stat().st_size < LFS_BYTES:
@@ -129,8 +142,20 @@ def _append_nothing(backend: Any) -> None:
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Returns the token ids of a prompt: with BOS if the tokenizer prepends it and the text does not begin with it."""
     backend, bos = tokenizer.backend_tokenizer, tokenizer.bos_token_id
-    ids = backend.encode(text).ids
+    with _panics(tokenizer.name_or_path):
+        ids = backend.encode(text).ids
     return backend.encode(text, add_special_tokens=False).ids if ids[:2] == [bos, bos] else ids
+
+
+@contextlib.contextmanager
+def _panics(folder: str) -> Iterator[None]:
+    """Makes an error of the tokenizers library one sentence: a pattern in tokenizer.json can take too many steps."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of no module that can be imported, and no Exception
+            raise
+        raise InputError(f"tokenizer {folder} cannot encode a text: {textwrap.shorten(str(error), 200)}") from None
 
 
 def require_known(ids: Sequence[int] | np.ndarray, tokenizer: Any, vocab_size: int, what: str) -> None:
@@ -155,7 +180,8 @@ def encode(tokenizer: Any, texts: Sequence[str], *, bos: bool, eos: bool) -> lis
       InputError: if BOS or EOS is requested and the tokenizer does not have it.
     """
     before, after = special_tokens(tokenizer, "bos", bos), special_tokens(tokenizer, "eos", eos)
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    with _panics(tokenizer.name_or_path):
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ids = (encoding.ids for encoding in encodings)
     return [np.array([*before, *own, *after] if own else [], np.uint32) for own in ids]
 
@@ -217,6 +243,18 @@ class TokenizerInfo:
 
     @classmethod
     def of(cls, name: str, vocab: Mapping[str, int]) -> "TokenizerInfo":
-        """Returns the identity of a tokenizer whose `get_vocab()` is `vocab`."""
+        """Returns the identity of a tokenizer whose `get_vocab()` is `vocab`.
+
+        Raises:
+          InputError: if it has no tokens, or ids that an int32 cannot hold.
+        """
+        largest = max(vocab, key=vocab.get, default=None)
+        if largest is None:
+            raise InputError(f"the tokenizer, a {name}, has no tokens")
+        if vocab[largest] >= LARGEST_VOCABULARY:
+            raise InputError(
+                f"the tokenizer, a {name}, has the token {largest!r:.80} with id {vocab[largest]}: ids must be below "
+                f"{LARGEST_VOCABULARY}"
+            )
         canonical = json.dumps(sorted(vocab.items()), separators=(",", ":"))
-        return cls(name, max(vocab.values()) + 1, hashlib.sha256(canonical.encode()).hexdigest())
+        return cls(name, vocab[largest] + 1, hashlib.sha256(canonical.encode()).hexdigest())

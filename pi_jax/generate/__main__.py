@@ -3,12 +3,13 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import tyro
 
 from pi_jax import atomic, cli
+from pi_jax.data import chat
 from pi_jax.errors import InputError
 from pi_jax.evaluate import result
 from pi_jax.evaluate.loaded import LoadedModel, ModelOptions
@@ -49,7 +50,8 @@ def generate(args: Generate) -> list[str]:
         raise InputError("nothing to continue: pass --prompt TEXT or --prompt-file FILE")
     loaded = LoadedModel.open(args.model, rope=args.rope, dtype=args.dtype, mesh=args.mesh)
     source, tokenizer = loaded.source, loaded.tokenizer
-    prompts = [loaded.encode_prompt(_chat(tokenizer, text) if args.chat else text, args.chat) for text in texts]
+    given = chat.render(tokenizer, texts) if args.chat else texts
+    prompts = [loaded.encode_prompt(text, args.chat) for text in given]
     generator = loaded.generator(max(map(len, prompts)) + args.max_new_tokens, args.chunk)
     stream = Stream(tokenizer) if len(prompts) == 1 and jax.process_index() == 0 else None
     new = generator(
@@ -82,13 +84,6 @@ def _read(path: str) -> str:
         return pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompt-file {path} cannot be read: {error}") from None
-
-
-def _chat(tokenizer: Any, text: str) -> str:
-    if not tokenizer.chat_template:
-        raise InputError(f"--chat is set, but {tokenizer.name_or_path} has no chat template")
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -60,15 +60,18 @@ def read_config(folder: str, name: str = "config.json", window: int = 0) -> Mode
     config = read_json(path)
     if config.get("model_type") not in _MODEL_TYPES:
         known = " or ".join(_MODEL_TYPES)
-        raise InputError(f"{path}: model_type is {config.get('model_type')!r}: it must be {known}")
+        raise InputError(f"{path}: model_type is {config.get('model_type')!r:.80}: it must be {known}")
     for key, harmless in _UNSUPPORTED.items():
         if config.get(key) not in (None, harmless):
-            raise InputError(f"{path}: {key} is {config[key]!r}: only {harmless!r} is supported")
+            raise InputError(f"{path}: {key} is {config[key]!r:.80}: only {harmless!r} is supported")
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if config["model_type"] == "mistral":  # whose defaults are those of Mistral 7B, sliding window included
         missing += [key for key in _MISTRAL if key not in config]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}")
+    for key in (*_REQUIRED, *(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None)):
+        if type(config[key]) is not int or config[key] < 1:
+            raise InputError(f"{path}: {key} is {config[key]!r:.80}: it must be a positive integer")
     _require_theta(path, config)
     try:
         scaling = rope.from_hf(config)
@@ -78,6 +81,7 @@ def read_config(folder: str, name: str = "config.json", window: int = 0) -> Mode
         limit = read_json(tokenizer).get("model_max_length") if tokenizer.is_file() else None
         windows = rope.window_from_hf(config, scaling, limit)
         heads = config["num_attention_heads"]
+        bos = _tokens("bos_token_id", config.get("bos_token_id", 1))
         model = ModelConfig(
             **{key: config[key] for key in _REQUIRED},
             num_key_value_heads=_given(config, "num_key_value_heads", heads),
@@ -87,7 +91,7 @@ def read_config(folder: str, name: str = "config.json", window: int = 0) -> Mode
             rms_norm_eps=_given(config, "rms_norm_eps", 1e-6),
             tie_word_embeddings=_given(config, "tie_word_embeddings", False),
             rope=scaling,
-            bos_token_id=_first(config.get("bos_token_id", 1)),
+            bos_token_id=bos[0] if isinstance(bos, tuple) else bos,
             eos_token_id=_end_tokens(path, config),
         )
     except InputError as error:
@@ -118,14 +122,12 @@ def _with_window(config: dict[str, Any], scaling: rope.Scaling, window: int) -> 
 
 def _end_tokens(path: epath.Path, config: dict[str, Any]) -> int | tuple[int, ...] | None:
     """The tokens that end a text, by config.json and generation_config.json."""
-    found = _tokens(config.get("eos_token_id", 2))  # an absent key has transformers' default
+    found = _tokens("eos_token_id", config.get("eos_token_id", 2))  # an absent key has transformers' default
     beside = path.parent / GENERATION_FILE
     if not beside.is_file():
         return found
-    more = _tokens(read_json(beside).get("eos_token_id"))
+    more = _tokens(f"eos_token_id of {GENERATION_FILE}", read_json(beside).get("eos_token_id"))
     own, other = (() if x is None else x if isinstance(x, tuple) else (x,) for x in (found, more))
-    if any(type(token) is not int for token in other):
-        raise InputError(f"{GENERATION_FILE} has eos_token_id {more!r}: it must be a token id or a list of them")
     if set(other) <= set(own):
         return found
     if own:
@@ -173,12 +175,12 @@ def _require_theta(path: epath.Path, config: dict[str, Any]) -> None:
     )
 
 
-def _first(token: int | list[int] | None) -> int | None:
-    return token[0] if isinstance(token, list) and token else token
-
-
-def _tokens(token: int | list[int] | None) -> int | tuple[int, ...] | None:
-    return (tuple(token) or None) if isinstance(token, list) else token
+def _tokens(key: str, stated: Any) -> int | tuple[int, ...] | None:
+    """Token ids of a config; None if there are none."""
+    tokens = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(type(token) is int for token in tokens):
+        raise InputError(f"{key} is {stated!r:.80}: it must be a token id or a list of them")
+    return (tuple(tokens) or None) if isinstance(stated, list) else stated
 
 
 def config_dict(model: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ other folders these rules apply:
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -33,6 +34,7 @@ PARAMS = "params.json"
 SIDECAR = "hf_config.json"
 """File with the complete config, in Hugging Face's format, in folders that pi_jax wrote."""
 _LLAMA3_VOCABULARY = 100_000
+_COUNTS = ("dim", "n_layers", "n_heads", "multiple_of")
 _REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
 _KNOWN = (
     *_REQUIRED,
@@ -92,7 +94,7 @@ class Folder:
                 raise InputError(f"{self.path / PARAMS} lacks {key}")
         for key, value in self.params.items():
             if (key not in _KNOWN and value) or (key == "sliding_window" and value):
-                raise InputError(f"{self.path / PARAMS}: {key} is {value!r}, which is not supported")
+                raise InputError(f"{self.path / PARAMS}: {key} is {value!r:.80}, which is not supported")
         found = sorted(self.path.glob("consolidated.*.pth"))
         if [p.name for p in found] != [f"consolidated.{i:02d}.pth" for i in range(len(found))] or not found:
             names = ", ".join(p.name for p in found) or "none"
@@ -162,11 +164,16 @@ class Folder:
         if vocabulary == -1:  # LLaMA 1 took the size from the tokenizer
             vocabulary = self._rows("output.weight" if self._has("output.weight") else "tok_embeddings.weight")
         for key, value in params.items():
-            kinds = (bool,) if key == "use_scaled_rope" else (int, float)
-            if value is not None and type(value) not in kinds:
-                raise InputError(
-                    f"{key} is {value!r:.80}: it must be {'true or false' if bool in kinds else 'a number'}"
-                )
+            if value is None:
+                continue
+            if key in _COUNTS:
+                fits, wanted = type(value) is int and value > 0, "a positive integer"
+            elif key == "use_scaled_rope":
+                fits, wanted = type(value) is bool, "true or false"
+            else:
+                fits, wanted = type(value) in (int, float) and math.isfinite(value), "a finite number"
+            if not fits:
+                raise InputError(f"{key} is {value!r:.80}: it must be {wanted}")
         theta = float(params.get("rope_theta") or 10000.0)
         scaled = bool(params.get("use_scaled_rope"))
         width = params.get("hidden_dim") or feed_forward(
@@ -217,11 +224,8 @@ class Folder:
             return 8192
         if theta > 10000:
             return 16384
-        return (
-            2048
-            if any(name.endswith("attention.inner_attention.rope.freqs") for name in self.files[0].entries)
-            else 4096
-        )
+        llama1 = any(name.endswith("attention.inner_attention.rope.freqs") for name in self.files[0].entries)
+        return 2048 if llama1 else 4096
 
     def _tied(self) -> bool:
         if not self._has("output.weight"):

@@ -12,19 +12,28 @@ import io
 import math
 import pathlib
 import pickle
+import pickletools
+import re
 import struct
 import zipfile
 from typing import Any
 
 import numpy as np
 
+from pi_jax import limits
 from pi_jax.convert.formats.safetensors import Entry, discard, finish, read_rows, start_storing
 from pi_jax.convert.param_mapping import Index
 from pi_jax.convert.pipeline import require_finite, require_float
 from pi_jax.errors import LFS_BYTES, InputError, require_downloaded
+from pi_jax.files import require_regular
 
 _OLDEST_TORCH = (2, 10)  # in older versions, a file can corrupt memory (CVE-2026-24747) or run code (CVE-2025-32434)
 _ALIGNMENT = 64
+_TENSORS = (
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.nn\.parameter Parameter|"
+    r"torch (?!Typed|Untyped)\w+Storage"
+)
+"""What the pickle of a state dict names: pattern of `module name`."""
 
 
 def require_torch() -> Any:
@@ -52,24 +61,19 @@ class File:
         """Reads and checks the list of tensors.
 
         Raises:
-          InputError: if the file is not a complete archive of plain tensors.
+          InputError: if the file is not a complete archive of plain tensors, or its list of tensors is too large.
         """
         self.path = path
         torch = require_torch()
+        require_regular(path)
         try:
             with open(path, "rb") as file:
                 require_downloaded(path, file.read(LFS_BYTES))
-                records = zipfile.ZipFile(file).infolist()
-                if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                    raise InputError(f"{path} contains compressed records: torch.save writes them uncompressed")
-                sizes = {_start(file, record): record.file_size for record in records}
+                sizes = _records(path, file)
             state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
-            raise InputError(
-                f"{path} contains more than plain tensors ({reason.strip()[:160] or 'its pickle is rejected'}): none "
-                "of its code was run; convert it to safetensors where it was created"
-            ) from None
+            raise InputError(_more_than_tensors(path, reason.strip() or "its pickle is rejected")) from None
         except InputError:
             raise
         except Exception as error:  # a damaged pickle makes torch raise many types of exception
@@ -89,6 +93,40 @@ class File:
         return require_finite(str(self.path), name, read_rows(self._file, self.path, name, entry, rows))
 
 
+def _records(path: pathlib.Path, file: Any) -> dict[int, int]:
+    """Returns the size of each record of an archive, by its position, after checking what torch will load at once.
+
+    Its unpickler runs no code, but calls some constructors with any argument, such as `bytearray(10**12)`.
+    """
+    archive = zipfile.ZipFile(file)
+    for record in archive.infolist():
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise InputError(f"{path} contains compressed records: torch.save writes them uncompressed")
+        parts = pathlib.PurePosixPath(record.filename).parts
+        if len(parts) > 1 and parts[1] == "data":
+            continue  # the values of a tensor
+        limits.require(f"{path}: the record {record.filename[:80]} has", record.file_size, limits.JSON)
+        if parts[-1] == "data.pkl":
+            _check_pickle(path, archive.read(record))
+    return {_start(file, record): record.file_size for record in archive.infolist()}
+
+
+def _check_pickle(path: pathlib.Path, data: bytes) -> None:
+    """Checks that a pickle names nothing but tensors, and contains at most as many operations as a list of them."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if number % 10_000 == 0:
+            limits.require(f"{path}: its pickle has", number, limits.PICKLE, "operations")
+        if opcode.name == "GLOBAL" and not re.fullmatch(_TENSORS, argument):
+            raise InputError(_more_than_tensors(path, argument))
+
+
+def _more_than_tensors(path: pathlib.Path, reason: str) -> str:
+    return (
+        f"{path} contains more than plain tensors ({reason[:160]}): none of its code was run; convert it to "
+        "safetensors where it was created"
+    )
+
+
 def _start(file: Any, record: zipfile.ZipInfo) -> int:
     """Returns the position of the first byte of a record's data."""
     file.seek(record.header_offset + 26)
@@ -99,7 +137,7 @@ def _entry(path: pathlib.Path, name: str, tensor: Any, sizes: dict[int, int]) ->
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(tensor.shape)
     message = f"{path}: {name} is stated to be {dtype}{list(shape)}, but it is not stored row by row"
-    if str(tensor.layout) != "torch.strided" or not tensor.is_contiguous():
+    if not tensor.is_contiguous():
         raise InputError(message)
     storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     offset = storage._checkpoint_offset or 0

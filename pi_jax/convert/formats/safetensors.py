@@ -17,13 +17,14 @@ import ml_dtypes  # noqa: F401  (adds bfloat16 to NumPy)
 import numpy as np
 from etils import epath
 
+from pi_jax import limits
 from pi_jax.convert.param_mapping import Index, Tensor
 from pi_jax.convert.pipeline import Dtypes, require_finite, require_float
 from pi_jax.errors import LFS_BYTES, InputError, require_downloaded
+from pi_jax.files import require_regular
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {numpy: name for name, numpy in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _ALIGNMENT = 64
 
 
@@ -45,9 +46,10 @@ class File:
         """Reads and checks the header.
 
         Raises:
-          InputError: if the file is truncated or its header is invalid.
+          InputError: if the file is truncated or its header is invalid or too large.
         """
         self.path = path
+        require_regular(path)
         try:
             self._file = path.open("rb")
             self._size = self._file.seek(0, os.SEEK_END)
@@ -63,8 +65,9 @@ class File:
     def _header(self) -> dict[str, Entry]:
         self._file.seek(0)
         length = int.from_bytes(self._file.read(8), "little")
-        if self._size < 8 or length > min(_MAX_HEADER, self._size - 8):
+        if self._size < 8 or length > self._size - 8:
             raise ValueError(f"its header has {length} bytes, but the file has {self._size}")
+        limits.require(f"the header of {self.path} has", length, limits.JSON)
         header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
@@ -79,7 +82,9 @@ class File:
             if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or not start <= stop <= data:
                 raise ValueError(f"the header gives {name} bytes {start} to {stop} of {data}")
             if entry["dtype"] in _DTYPES and stop - start != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise ValueError(f"{name} has {stop - start} bytes, which is not the size of {dtype}{list(shape)}")
+                raise ValueError(
+                    f"{name} has {stop - start} bytes, which is not the size of {dtype}{list(shape)!s:.80}"
+                )
             if start != end:
                 raise ValueError(f"{name} begins at byte {start}, but the tensor before it ends at {end}")
             entries[name] = Entry(dtype, shape, 8 + length + start)
