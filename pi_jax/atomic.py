@@ -194,13 +194,28 @@ def lock(file: pathlib.Path, what: str) -> Iterator[None]:
     ended = threading.Event()
     beat = threading.Thread(target=_touch, args=(file, own, what, ended), daemon=True)
     beat.start()
+    _held[file] = own
     try:
         yield
     finally:
         ended.set()
         beat.join()
-        if _read(file) == own:
-            file.unlink(missing_ok=True)
+        _release(file)
+
+
+_held: dict[pathlib.Path, str] = {}
+
+
+def _release(file: pathlib.Path) -> None:
+    if _read(file) == _held.pop(file):
+        file.unlink(missing_ok=True)
+
+
+def release() -> None:
+    """Releases all locks of this process, which then must end by `os._exit`."""
+    for file in list(_held):
+        with contextlib.suppress(OSError, InputError, KeyError):
+            _release(file)
 
 
 def _created(file: pathlib.Path, text: str) -> bool:

@@ -3,9 +3,11 @@
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from pi_jax import __version__, dependencies
 from pi_jax.errors import InputError
@@ -30,6 +32,8 @@ def run(command: Callable[[], Any], connect: Callable[[], Any] | None = None) ->
       command: the command. If it is connected to other processes, they end too, with the same status and sentence.
       connect: connects to them, for an error that the command meets before it does so itself.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         command()
     except InputError as error:
@@ -41,6 +45,14 @@ def run(command: Callable[[], Any], connect: Callable[[], Any] | None = None) ->
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         ending.end(141, "the reader of the output has gone", show=lambda: None)
+    except OSError as error:  # a full disk, missing permissions, a folder in the place of a file
+        where = f"{error.filename}: " if error.filename else ""
+        ending.end(2, f"{where}{error.strerror or error}")
+
+
+def _terminated(*_: object) -> NoReturn:
+    """Handles SIGTERM: what is half written is removed, as by any exception."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,8 +14,19 @@ import jax
 import pytest
 
 from pi_jax import tiny
-from pi_jax.config import MeshConfig
+from pi_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RopeConfig,
+    TrainConfig,
+)
 from pi_jax.parallel import sharding
+from pi_jax.tiny import tiny_model_config
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +39,21 @@ def mesh():
 def inputs(tmp_path_factory):
     """Paths of the tiny tokenizer, token store and held-out text."""
     return tiny.tiny_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def config(inputs, tmp_path):
+    """A run of 6 steps on the tiny model; checkpoints every 2."""
+    return Config(
+        model=tiny_model_config(),
+        rope=RopeConfig("linear", 2.0),
+        compute=ComputeConfig(dtype="float32", loss_chunk=64),
+        data=DataConfig(sources=(inputs["tokens"],), window=128, batch_size=8, prefetch=2),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        train=TrainConfig(output=str(tmp_path / "run"), steps=6),
+        checkpoint=CheckpointConfig(every=2),
+        logging=LoggingConfig(every=1, tensorboard=False),
+    )
 
 
 def pytest_unconfigure():

@@ -28,7 +28,7 @@ def _update(config, gradient):
     model = Llama(tiny_model_config(), ComputeConfig(), jax.random.key(0))
     optimizer = make_optimizer(config, 10)
     gradients = jax.tree.map(lambda x: jnp.full_like(x, gradient), model)
-    updates, state = optimizer.update(gradients, optimizer.init(model), model)
+    updates, state = optimizer.update(gradients, optimizer.init(model), model, finite=True)
     return trees.by_name(model), trees.by_name(updates), trees.by_name(state)
 
 

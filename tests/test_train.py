@@ -13,16 +13,9 @@ import pytest
 
 from pi_jax import tiny
 from pi_jax.config import (
-    CheckpointConfig,
     ComputeConfig,
-    Config,
-    DataConfig,
     EvaluateConfig,
-    LoggingConfig,
-    OptimizerConfig,
     ProfileConfig,
-    RopeConfig,
-    TrainConfig,
     smoke,
 )
 from pi_jax.config.cli import load_config
@@ -36,37 +29,16 @@ from pi_jax.model import Llama
 from pi_jax.tiny import tiny_model_config, tiny_text
 from pi_jax.train import loop, resolve
 from pi_jax.train.__main__ import main as train_main
+from tests.changes import with_changes
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture
-def config(inputs, tmp_path):
-    """A run of 6 steps on the tiny model; checkpoints every 2."""
-    return Config(
-        model=tiny_model_config(),
-        rope=RopeConfig("linear", 2.0),
-        compute=ComputeConfig(dtype="float32", loss_chunk=64),
-        data=DataConfig(sources=(inputs["tokens"],), window=128, batch_size=8, prefetch=2),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
-        train=TrainConfig(output=str(tmp_path / "run"), steps=6),
-        checkpoint=CheckpointConfig(every=2),
-        logging=LoggingConfig(every=1, tensorboard=False),
-    )
-
-
-def _with(config, **sections):
-    """The config with fields of its sections changed."""
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **changes) for name, changes in sections.items()}
-    )
 
 
 @pytest.mark.slow
 def test_evaluation_inside_a_run_is_logged_and_changes_nothing(config, inputs, tmp_path):
     plain = loop.train(config, config)
     evaluated = dataclasses.replace(
-        _with(config, train={"output": str(tmp_path / "evaluated")}),
+        with_changes(config, train={"output": str(tmp_path / "evaluated")}),
         evaluate=EvaluateConfig(
             every=3,
             data=(inputs["heldout"],),
@@ -111,7 +83,7 @@ def _losses(config):
 
 def test_a_run_learns_evaluates_and_hands_over(config, inputs, tmp_path, capsys):
     config = dataclasses.replace(
-        _with(config, train={"steps": 30}, logging={"every": 10, "tensorboard": True}),
+        with_changes(config, train={"steps": 30}, logging={"every": 10, "tensorboard": True}),
         evaluate=EvaluateConfig(data=(inputs["heldout"],), windows=(64, 128), stride=32, max_tokens=256),
     )
     result = loop.train(config, config)
@@ -137,9 +109,9 @@ def test_a_run_learns_evaluates_and_hands_over(config, inputs, tmp_path, capsys)
 def test_a_resumed_run_continues_to_the_bit(config, tmp_path):
     straight = config
     loop.train(straight, straight)
-    halves = _with(config, train={"output": str(tmp_path / "halves"), "steps": 4})
+    halves = with_changes(config, train={"output": str(tmp_path / "halves"), "steps": 4})
     loop.train(halves, halves)
-    rest = _with(halves, train={"steps": 6}, mesh={"data": 2})  # and on another mesh
+    rest = with_changes(halves, train={"steps": 6}, mesh={"data": 2})  # and on another mesh
     loop.train(rest, rest)
     resumed, whole = _losses(rest), _losses(straight)
     assert sorted(resumed) == sorted(whole) == [1, 2, 3, 4, 5, 6]
@@ -149,10 +121,10 @@ def test_a_resumed_run_continues_to_the_bit(config, tmp_path):
 
 def test_moments_on_the_host_are_saved_and_restored(config, tmp_path):
     loop.train(config)
-    there = _with(config, train={"output": str(tmp_path / "offloaded"), "steps": 3}, optimizer={"offload": True})
+    there = with_changes(config, train={"output": str(tmp_path / "offloaded"), "steps": 3}, optimizer={"offload": True})
     loop.train(there)
-    loop.train(_with(there, train={"steps": 5}))
-    loop.train(_with(there, train={"steps": 6}, optimizer={"offload": False}))
+    loop.train(with_changes(there, train={"steps": 5}))
+    loop.train(with_changes(there, train={"steps": 6}, optimizer={"offload": False}))
     offloaded, whole = _losses(there), _losses(config)
     np.testing.assert_allclose([offloaded[s] for s in whole], list(whole.values()), rtol=1e-6)
 
@@ -160,7 +132,7 @@ def test_moments_on_the_host_are_saved_and_restored(config, tmp_path):
 def test_a_run_resumed_on_the_same_mesh_has_equal_parameters_to_the_bit(config, tmp_path, mesh):
     loop.train(config)
     for steps in (4, 6):
-        loop.train(_with(config, train={"output": str(tmp_path / "halves"), "steps": steps}))
+        loop.train(with_changes(config, train={"output": str(tmp_path / "halves"), "steps": steps}))
     with jax.set_mesh(mesh):
         whole, resumed = (
             open_model(str(path)).load(ComputeConfig("float32", "float32"), mesh)
@@ -170,7 +142,7 @@ def test_a_run_resumed_on_the_same_mesh_has_equal_parameters_to_the_bit(config, 
 
 
 def test_a_field_that_an_older_version_did_not_record_does_not_stop_a_resume(config, monkeypatch):
-    loop.train(_with(config, train={"steps": 4}))
+    loop.train(with_changes(config, train={"steps": 4}))
     identity = resolve.Experiment.identity.fget
     monkeypatch.setattr(resolve.Experiment, "identity", property(lambda self: identity(self) | {"data.new": 1}))
     assert loop.train(config)["steps"] == 6
@@ -185,7 +157,7 @@ def test_batches_do_not_depend_on_devices_or_hosts(config):
 
 def test_the_logged_values_are_what_they_were(config):
     """All logged values that do not depend on the machine's speed, of three steps and the final evaluation."""
-    config = _with(config, train={"steps": 3})
+    config = with_changes(config, train={"steps": 3})
     loop.train(config, config)
     lines = [json.loads(line) for line in (pathlib.Path(config.train.output) / "metrics.jsonl").open()]
     logged = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
@@ -197,9 +169,9 @@ def test_the_logged_values_are_what_they_were(config):
 
 TIMED = ("tokens_per_second", "tflops_per_second", "mfu", "time", "seconds")
 GOLDEN = [
-    {"step": 1, "grad_norm": 2.40233, "loss": 5.618843, "learning_rate": 0.0003, "tokens": 1024},
-    {"step": 2, "grad_norm": 2.32665, "loss": 5.546414, "learning_rate": 0.00165, "tokens": 2048},
-    {"step": 3, "grad_norm": 2.173279, "loss": 5.313234, "learning_rate": 0.003, "tokens": 3072},
+    {"step": 1, "grad_norm": 2.40233, "loss": 5.618843, "skipped_steps": 0, "learning_rate": 0.0003, "tokens": 1024},
+    {"step": 2, "grad_norm": 2.32665, "loss": 5.546414, "skipped_steps": 0, "learning_rate": 0.00165, "tokens": 2048},
+    {"step": 3, "grad_norm": 2.173279, "loss": 5.313234, "skipped_steps": 0, "learning_rate": 0.003, "tokens": 3072},
 ]
 
 
@@ -208,9 +180,9 @@ def test_training_starts_from_a_hugging_face_folder(config, inputs, tmp_path, me
     with jax.set_mesh(mesh):
         model = Llama(base, config.compute, jax.random.key(7))
         hf.save(model, str(tmp_path / "base"), inputs["tokenizer"])
-    config = dataclasses.replace(
-        _with(config, train={"init_from": str(tmp_path / "base"), "steps": 1}, optimizer={"learning_rate": 1e-12}),
-        model=None,
+    config = dataclasses.replace(config, model=None)
+    config = with_changes(
+        config, train={"init_from": str(tmp_path / "base"), "steps": 1}, optimizer={"learning_rate": 1e-12}
     )
     loop.train(config, config)
     source = open_model(config.train.output)
@@ -229,8 +201,9 @@ def test_training_starts_from_a_meta_folder_without_a_conversion(config, inputs,
     convert(Convert(str(tmp_path / "base"), str(tmp_path / "meta"), "meta", verify=False))
     for name in ("hf_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / "meta" / name).unlink()  # as Meta's own are
-    ours = _with(config, train={"init_from": str(tmp_path / "base"), "output": str(tmp_path / "a"), "steps": 1})
-    theirs = _with(config, train={"init_from": str(tmp_path / "meta"), "output": str(tmp_path / "b"), "steps": 1})
+    config = with_changes(config, train={"steps": 1})
+    ours = with_changes(config, train={"init_from": str(tmp_path / "base"), "output": str(tmp_path / "a")})
+    theirs = with_changes(config, train={"init_from": str(tmp_path / "meta"), "output": str(tmp_path / "b")})
     theirs = dataclasses.replace(theirs, model=tiny_model_config(bos_token_id=1, eos_token_id=2))
     loop.train(ours, ours)
     loop.train(theirs, theirs)
@@ -241,7 +214,7 @@ def test_training_starts_from_a_meta_folder_without_a_conversion(config, inputs,
 
 @pytest.mark.slow
 def test_a_run_exports_while_it_trains(config, tmp_path):
-    config = _with(config, checkpoint={"every": 4, "export_hf_every": 2})
+    config = with_changes(config, checkpoint={"every": 4, "export_hf_every": 2})
     loop.train(config, config)
     exports = pathlib.Path(config.train.output) / "hf"
     assert sorted(p.name for p in exports.iterdir()) == ["step-2", "step-4", "step-6"]
@@ -256,7 +229,7 @@ def test_a_run_exports_while_it_trains(config, tmp_path):
 
 @pytest.mark.slow
 def test_an_export_that_fails_does_not_end_the_run(config, tmp_path, monkeypatch, capsys):
-    config = _with(config, train={"steps": 2}, checkpoint={"export_hf_every": 1})
+    config = with_changes(config, train={"steps": 2}, checkpoint={"export_hf_every": 1})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "hf").write_text("in the way")
     loop.train(config, config)
@@ -280,7 +253,7 @@ def test_an_export_that_fails_does_not_end_the_run(config, tmp_path, monkeypatch
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(config, sections, message):
-    config = _with(config, **sections)
+    config = with_changes(config, **sections)
     if "wandb" not in message:
         with pytest.raises(InputError, match=message):
             loop.train(config, config)
@@ -306,7 +279,7 @@ def test_text_of_another_tokenizer_is_refused(config, inputs, tmp_path, mesh):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(tokenizer))
-    config = _with(config, train={"init_from": str(tmp_path / "base")})
+    config = with_changes(config, train={"init_from": str(tmp_path / "base")})
     with pytest.raises(InputError, match="another tokenizer.*--tokenizer"):
         loop.train(config, config)
 
@@ -315,13 +288,13 @@ def test_a_model_of_another_shape_than_the_folder_is_refused(config, inputs, tmp
     with jax.set_mesh(mesh):
         model = Llama(tiny_model_config(), config.compute, jax.random.key(0))
         hf.save(model, str(tmp_path / "base"), inputs["tokenizer"])
-    config = _with(config, train={"init_from": str(tmp_path / "base")}, model={"hidden_size": 128})
+    config = with_changes(config, train={"init_from": str(tmp_path / "base")}, model={"hidden_size": 128})
     with pytest.raises(InputError, match="model.hidden_size is 128 but .* has 64"):
         loop.train(config, config)
 
 
 def test_a_finished_run_stays_as_it_is(config):
-    config = _with(config, train={"steps": 2})
+    config = with_changes(config, train={"steps": 2})
     first = loop.train(config, config)
     run = pathlib.Path(config.train.output)
     before = {p: p.read_bytes() for p in run.glob("*.json*")}
@@ -333,7 +306,7 @@ def test_a_finished_run_stays_as_it_is(config):
 
 def test_reading_a_run_touches_nothing_in_it(config, mesh):
     """It may be running: a save in flight must survive."""
-    config = _with(config, train={"steps": 2})
+    config = with_changes(config, train={"steps": 2})
     loop.train(config, config)
     in_flight = pathlib.Path(config.train.output, "checkpoints", "9.orbax-checkpoint-tmp")
     in_flight.mkdir()
@@ -343,7 +316,7 @@ def test_reading_a_run_touches_nothing_in_it(config, mesh):
 
 
 def test_resuming_with_other_data_or_model_is_refused(config):
-    config = _with(config, train={"steps": 2})
+    config = with_changes(config, train={"steps": 2})
     loop.train(config)
     recorded = pathlib.Path(config.train.output, "config.json").read_bytes()
     for sections, changed in (
@@ -353,33 +326,33 @@ def test_resuming_with_other_data_or_model_is_refused(config):
         ({"optimizer": {"moment_dtype": "bfloat16"}}, "optimizer.moment_dtype: float32 -> bfloat16"),
     ):
         with pytest.raises(InputError, match=f"holds checkpoints of a run with other settings .*{changed}.*: restore"):
-            loop.train(_with(config, **sections))
+            loop.train(with_changes(config, **sections))
     with pytest.raises(InputError, match=r"train.steps is 1, but .* is at 2"):
-        loop.train(_with(config, train={"steps": 1}))
+        loop.train(with_changes(config, train={"steps": 1}))
     assert pathlib.Path(config.train.output, "config.json").read_bytes() == recorded
 
 
 def test_a_resume_with_other_text_or_without_config_json_is_refused_by_its_digest(config, inputs, tmp_path):
-    config = _with(config, train={"steps": 2})
+    config = with_changes(config, train={"steps": 2})
     loop.train(config)
     pathlib.Path(config.train.output, "config.json").unlink()
     with pytest.raises(InputError, match=r"rope: Linear\(.*factor=2.0\) -> Linear\(.*factor=4.0\)\)"):
-        loop.train(_with(config, rope={"factor": 4.0}))
+        loop.train(with_changes(config, rope={"factor": 4.0}))
     text = str(tmp_path / "other")
     tiny_text(text, first_seed=500)
     store = str(tmp_path / "tokens")
     prepare(Options(input=(text,), tokenizer=inputs["tokenizer"], output=store))
     with pytest.raises(InputError, match=r"data.sources: \[\['\w{12}', 1.0\]\] -> \[\['\w{12}', 1.0\]\]\)"):
-        loop.train(_with(config, data={"sources": (store,)}))
+        loop.train(with_changes(config, data={"sources": (store,)}))
 
 
 def test_what_changes_at_a_resume_is_printed_and_earlier_configs_are_kept(config, capsys):
     run = pathlib.Path(config.train.output)
-    loop.train(_with(config, train={"steps": 2}))
+    loop.train(with_changes(config, train={"steps": 2}))
     first = (run / "config.json").read_bytes()
     assert json.loads(first)["first_step"] == 1 and not (run / "configs").exists()
     capsys.readouterr()
-    loop.train(_with(config, train={"steps": 4}, optimizer={"learning_rate": 1e-3, "max_grad_norm": 0.0}))
+    loop.train(with_changes(config, train={"steps": 4}, optimizer={"learning_rate": 1e-3, "max_grad_norm": 0.0}))
     printed = capsys.readouterr().out.split("Changed since the run was last started:\n")[1].splitlines()
     assert printed[:3] == [
         "  optimizer.learning_rate: 0.003 -> 0.001",
@@ -406,7 +379,7 @@ def test_what_changes_at_a_resume_is_printed_and_earlier_configs_are_kept(config
     ],
 )
 def test_a_window_that_is_trained_in_part_is_said(config, sections, reaches, capsys):
-    loop.train(_with(config, train={"steps": 1}, **sections))
+    loop.train(with_changes(config, train={"steps": 1}, **sections))
     warnings = capsys.readouterr().err
     assert ("warning: Training sequences reach" in warnings) == bool(reaches) and reaches in warnings
 
@@ -425,7 +398,7 @@ def test_a_hidden_transfer_in_the_loop_is_an_error(config, monkeypatch):
 
 
 def test_steps_are_profiled_on_request(config, tmp_path, capsys):
-    loop.train(_with(config, profile={"steps": "2:3"}))
+    loop.train(with_changes(config, profile={"steps": "2:3"}))
     folder = pathlib.Path(config.train.output) / "profile"
     assert len(list(folder.rglob("*.xplane.pb"))) == 1
     assert f"Profile of steps 2 to 3: {folder}" in capsys.readouterr().out
@@ -435,15 +408,15 @@ def test_steps_are_profiled_on_request(config, tmp_path, capsys):
 
 @pytest.mark.parametrize(("steps", "warned"), [("1:2", True), ("2:4", True), ("5:9", True), ("3:3", False)])
 def test_a_profile_of_steps_that_the_run_does_not_have_is_a_warning(config, steps, warned, capsys):
-    loop.train(_with(config, train={"steps": 2}))
-    loop.train(_with(config, train={"steps": 4}, profile={"steps": steps}))
+    loop.train(with_changes(config, train={"steps": 2}))
+    loop.train(with_changes(config, train={"steps": 4}, profile={"steps": steps}))
     message = f"profile.steps is '{steps}', but this run has the steps 3 to 4: nothing is traced"
     assert (message in capsys.readouterr().err) == warned
     assert pathlib.Path(config.train.output, "profile").exists() == (not warned)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
-    config = _with(config, optimizer={"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0})
+    config = with_changes(config, optimizer={"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0})
     with pytest.raises(FloatingPointError):
         loop.train(config, config)
 

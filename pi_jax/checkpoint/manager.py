@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from pi_jax import trees
-from pi_jax.checkpoint.fingerprint import fingerprint
+from pi_jax import log, trees
+from pi_jax.checkpoint.fingerprint import fingerprint, fingerprint_of_part
 from pi_jax.checkpoint.layerwise import Weights
-from pi_jax.checkpoint.storage import absolute, root_cause, storage_context
+from pi_jax.checkpoint.storage import absolute, open_array, reason, root_cause, storage_context, without_logged_errors
 from pi_jax.config import CheckpointConfig
 from pi_jax.errors import InputError
 
@@ -49,21 +51,35 @@ class Checkpoints:
           config: how often to save, and how many checkpoints to keep.
           writer: whether this is the training run. If so, incomplete checkpoints of an interrupted run are deleted.
         """
-        policies = ocp.training.save_decision_policies
-        self._folder = absolute(folder)
-        self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
-            context=storage_context(),
-            save_decision_policy=policies.FixedIntervalPolicy(config.every),
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
-            cleanup_tmp_directories=writer,
-        )
+        self._folder, self._every, self._verified = absolute(folder), config.every, -1
+        if self._folder.exists() and not self._folder.is_dir():
+            raise InputError(f"{folder} is a file: it must be a folder of checkpoints")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_logged_errors())
+            try:
+                self._checkpointer = ocp.training.Checkpointer(
+                    self._folder,
+                    context=storage_context(),
+                    preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
+                    cleanup_tmp_directories=writer,
+                )
+            except OSError as error:
+                raise InputError(f"{folder} cannot be {'written' if writer else 'read'}: {reason(error)}") from None
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        with self._stack:
+            try:
+                self._checkpointer.close()
+            except Exception as error:
+                if kind is None:
+                    raise self._not_written(error) from None
+
+    def _not_written(self, error: Exception) -> InputError:
+        return InputError(f"a checkpoint cannot be written to {self._folder}: {reason(error)}")
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, newest first."""
@@ -76,17 +92,91 @@ class Checkpoints:
           step: step of the state.
           state: pytree of arrays.
           metadata: JSON values to save with it.
-          last: save even if no checkpoint is due, and wait until it is written.
+          last: save even if no checkpoint is due, wait until it is written, and read it back.
 
         Raises:
           FloatingPointError: if the state contains values that are not finite.
+          InputError: if this checkpoint, or the one before it, cannot be written or does not read back as it was saved.
         """
-        if not (last or self._checkpointer.should_save(step)) or step in self.steps():
+        if not last and step % self._every:
             return
+        if step not in self.steps():
+            self._start(step, state, metadata)
+        if not last or step == self._verified:
+            return
+        try:
+            self._wait()
+            self.verify(step)
+        except InputError as error:
+            log.warn(f"{error}: saving it again")
+            self.set_aside(step - 1)
+            self._start(step, state, metadata)
+            self._wait()
+            self.verify(step)
+        self._verified = step
+
+    def _start(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         metadata = {**metadata, "fingerprint": fingerprint(state)}
-        response = self._checkpointer.save_async(step, trees.by_name(state), force=True, custom_metadata=metadata)
-        if last:
-            response.result()
+        try:
+            self._checkpointer.save_async(step, trees.by_name(state), force=True, custom_metadata=metadata)
+        except Exception as error:  # Orbax raises many types of exception, also for the checkpoint before
+            raise self._not_written(error) from None
+
+    def _wait(self) -> None:
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            raise self._not_written(error) from None
+
+    def verify(self, step: int) -> None:
+        """Reads a checkpoint from storage, a part on each process, and compares it with what was saved.
+
+        Raises:
+          InputError: if it cannot be read or differs.
+        """
+        metadata, found = self._stored(step)
+        expected = metadata.get("fingerprint", {})
+        arrays = {name: open_array(self._folder, step, name) for name in sorted(found)}
+        parts = [
+            (name, layer)
+            for name, array in arrays.items()
+            for layer in (range(array.shape[0]) if ".layers." in f".{name}" and array.rank else [None])
+        ]
+        sums = dict.fromkeys(arrays, 0)
+        for name, layer in parts[jax.process_index() :: jax.process_count()]:
+            try:
+                part = arrays[name][... if layer is None else slice(layer, layer + 1)].read().result()
+            except ValueError as error:
+                raise InputError(f"the checkpoint of step {step} cannot be read back: {reason(error)}") from None
+            sums[name] += fingerprint_of_part(np.atleast_1d(part), layer or 0)
+        totals = np.array([total % 2**32 for total in sums.values()], np.uint32)
+        if jax.process_count() > 1:
+            totals = multihost_utils.process_allgather(totals).sum(axis=0, dtype=np.uint32)
+        differing = [name for name, total in zip(sums, totals, strict=True) if expected.get(name) != int(total)]
+        if differing:
+            raise InputError(
+                f"the checkpoint of step {step} reads back differently from what was saved: {differing[:3]}"
+            )
+
+    def set_aside(self, step: int) -> list[str]:
+        """Moves all checkpoints after a step out of the way, so that their steps can be saved again.
+
+        Returns:
+          The folders that they were moved to.
+        """
+        newer = [number for number in self.steps() if number > step]
+        moved = [self._folder.parent / "rejected" / str(number) for number in newer]
+        if newer and jax.process_index() == 0:
+            (self._folder.parent / "rejected").mkdir(parents=True, exist_ok=True)
+            for number, folder in zip(newer, moved, strict=True):
+                if folder.exists():
+                    folder.rmtree()
+                (self._folder / str(number)).rename(folder)
+        if newer:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("rejected checkpoints moved")
+            self._checkpointer.reload()
+        return [f"{folder}" for folder in moved]
 
     def metadata(self) -> dict[str, Any]:
         """Returns what was saved with the newest checkpoint whose metadata can be read; {} if there is none."""

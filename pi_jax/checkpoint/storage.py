@@ -1,8 +1,11 @@
 """Layout of checkpoints on disk, and the causes of storage errors."""
 
+import contextlib
+import logging
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import tensorstore as ts
@@ -27,6 +30,21 @@ def storage_context() -> ocp.Context:
         layers_apart if ".layers." in f".{trees.path_name(path)}" else None
     )
     return context
+
+
+@contextlib.contextmanager
+def without_logged_errors() -> Iterator[None]:
+    """Keeps Orbax from logging each error, with tracebacks, several times before it raises it."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in pathlib.Path(record.pathname).parts
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def absolute(folder: str | pathlib.Path) -> epath.Path:

@@ -238,10 +238,18 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     """Seed of the random weights, where there is no base model."""
+    max_skipped_steps: int = 5
+    """Steps in a row whose loss or gradient is not finite that end the run. Until then they are skipped."""
+    stall_timeout: float = 0.0
+    """Seconds without a finished step after which the run counts as stuck and ends with status 70; 0: 20 times the
+    longest step so far, at least 300."""
+    startup_timeout: float = 3600.0
+    """The same for the time until the first step is finished, and for evaluations, exports and saves."""
 
     def __post_init__(self):
         require_types("train", self)
-        require_positive("train", self, "steps")
+        require_positive("train", self, "steps", "max_skipped_steps", "startup_timeout")
+        require(self.stall_timeout >= 0, f"train.stall_timeout is {self.stall_timeout}: it must be 0 or more")
         require(bool(self.output), "train.output is empty: it must name a folder")
 
 

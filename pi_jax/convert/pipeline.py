@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pi_jax.convert.param_mapping import Index, Tensor
 from pi_jax.errors import InputError
+from pi_jax.parallel import supervisor
 
 Dtypes = dict[str, np.dtype]
 """Hugging Face name of each tensor -> its dtype."""
@@ -113,6 +114,7 @@ def with_progress(tensors: Iterable[Tensor], dtypes: Dtypes, what: str, quiet: b
         total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=quiet or None, mininterval=0.5
     ) as bar:
         for tensor in tensors:
+            supervisor.tick()
             yield tensor
             bar.update(sizes[tensor.name])
 

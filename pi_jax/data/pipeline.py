@@ -19,7 +19,7 @@ import numpy as np
 from pi_jax.config import DataConfig
 from pi_jax.data import packing
 from pi_jax.data.store import TokenStore
-from pi_jax.errors import InputError
+from pi_jax.errors import InputError, some
 
 Batch = dict[str, np.ndarray]
 """The arrays of `packing.PackedSequence`, of shape [batch_size, window]."""
@@ -65,11 +65,28 @@ def parse_source(text: str) -> Source:
     return Source(path, value)
 
 
-class Sequences:
-    """The sequences of one store in the order of its documents, as a random-access source for Grain.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the text of a sequence comes from."""
 
-    `sequences[i]` is a `packing.PackedSequence`, which depends only on `i`.
-    """
+    store: str
+    """Path of the token store."""
+    first: int
+    """First document, from 0, in the order of the store."""
+    last: int
+    """Last document; the same as the first if the sequence lies inside one."""
+    start: int
+    """Position of the first token in the first document."""
+    tokens: int
+    """Number of tokens, including the last target."""
+
+    def __str__(self) -> str:
+        documents = f"document {self.first}" if self.first == self.last else f"documents {self.first}-{self.last}"
+        return f"{self.store} {documents} from token {self.start}"
+
+
+class Sequences:
+    """The sequences of one store in the order of its documents: `sequences[i]` is a `packing.PackedSequence`."""
 
     def __init__(self, store: TokenStore, config: DataConfig):
         self._store, self._config = store, config
@@ -88,6 +105,12 @@ class Sequences:
             prompt=self._spans.in_prompt(index, self._store.prompts) if self._config.mask_prompts else None,
         )
 
+    def origin(self, index: int) -> Origin:
+        """Where the text of a sequence comes from."""
+        start, stop = self._spans[index]
+        first, last = (np.searchsorted(self._store.offsets, [start, stop - 1], side="right") - 1).tolist()
+        return Origin(self._store.path, first, last, start - int(self._store.offsets[first]), stop - start)
+
 
 class Pipeline:
     """The batches of a run; see the module docstring. `open_pipeline` opens the stores and checks them first.
@@ -99,15 +122,15 @@ class Pipeline:
 
     def __init__(self, config: DataConfig, stores: Sequence[TokenStore]):
         self.config, self.stores = config, tuple(stores)
-        sources = [Sequences(store, config) for store in stores]
+        self._sources = sources = [Sequences(store, config) for store in stores]
         weights = [parse_source(source).weight for source in config.sources]
         # Grain shuffles epoch e with seed + e. Consecutive seeds would therefore repeat the orders of other sources,
         # and equal seeds would give stores of the same size the same order.
         seeds = np.random.SeedSequence(config.seed).generate_state(len(sources))
         self._stream = grain.MapDataset.mix(
             [
-                grain.MapDataset.source(source).shuffle(seed=int(seed)).repeat()
-                for source, seed in zip(sources, seeds, strict=True)
+                grain.MapDataset.range(len(source)).shuffle(seed=int(seed)).repeat().map(lambda index, k=k: (k, index))
+                for k, (source, seed) in enumerate(zip(sources, seeds, strict=True))
             ],
             weights,
         )
@@ -164,9 +187,22 @@ class Pipeline:
         chosen = [self._sequence(i) for i in range(step * size, (step + 1) * size)[rows or slice(None)]]
         return {name: np.stack([sequence[name] for sequence in chosen]) for name in chosen[0]}
 
+    def trace(self, step: int) -> list[Origin]:
+        """Returns where each sequence of the batch of a step (from 0) comes from."""
+        size = self.config.batch_size
+        return [
+            self._sources[k].origin(index)
+            for k, index in (self._stream[i] for i in range(step * size, (step + 1) * size))
+        ]
+
+    def text_of(self, step: int) -> str:
+        """The same in one line, for messages."""
+        return some([f"{origin}" for origin in self.trace(step)])
+
     def _sequence(self, number: int) -> packing.PackedSequence:
         """Returns a sequence of the stream. With PoSE, the same text has another jump in each epoch."""
-        sequence = self._stream[number]
+        source, index = self._stream[number]
+        sequence = self._sources[source][index]
         if not self.config.pose_window:
             return sequence
         seed = (self.config.seed, number)

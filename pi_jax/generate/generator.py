@@ -25,7 +25,7 @@ from pi_jax.config import ModelConfig
 from pi_jax.errors import InputError
 from pi_jax.generate import kv_cache, sampling
 from pi_jax.model import Block, Llama, RMSNorm, parameter_axes
-from pi_jax.parallel import placement, sharding
+from pi_jax.parallel import placement, sharding, supervisor
 
 _SMALLEST = 16
 """Smallest chunk in tokens. The first chunk is a power of two from this on, so that few shapes compile."""
@@ -107,6 +107,7 @@ class Generator:
             sampler = (jax.random.key(seed), jnp.float32(temperature or 1.0), jnp.float32(top_p))
             tokens_B, state = self._prefill(filled, max_new_tokens, sampler, temperature > 0)
             for step in range(max_new_tokens):
+                supervisor.tick()
                 ahead = None
                 if step + 1 < max_new_tokens:  # dispatch the next step before reading this one: the device never waits
                     ahead = _decode(self._weights, self.config, tokens_B, state, sampler, temperature > 0)

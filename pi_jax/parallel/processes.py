@@ -1,4 +1,4 @@
-"""Starts up multiple processes, checks that they agree, and detects preemption.
+"""Starts up multiple processes and checks that they agree.
 
 Call `initialize` once, before anything touches a device. `pi_jax.parallel.cluster` lists the variables that it reads.
 """
@@ -8,11 +8,10 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -23,10 +22,6 @@ from pi_jax.errors import InputError
 from pi_jax.parallel import ending
 from pi_jax.parallel.cluster import Cluster, detect, number
 from pi_jax.parallel.xla_options import cache_compiled_programs, set_xla_options
-
-REQUEUE = 75
-"""Exit status of a preempted run that saved a checkpoint (EX_TEMPFAIL): run the same command again to resume."""
-
 
 _HEARTBEAT = 60  # seconds after which a process that is silent counts as dead, and all end
 
@@ -170,24 +165,3 @@ def require_shared(folder: pathlib.Path) -> None:
     if not seen.all():
         missing = [int(i) for i in np.flatnonzero(~seen)]
         raise InputError(f"{folder} is not seen by processes {missing}: it must be on storage that all machines share")
-
-
-@contextlib.contextmanager
-def preemption_requested() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that returns whether SIGTERM was received, at the same step on all processes.
-
-    Call it at every step on every process. With multiple processes, JAX handles SIGTERM and agrees on the step.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    except ValueError:  # not in the main thread: signals cannot be handled
-        yield lambda step: False
-        return
-    try:
-        yield lambda step: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ The run starts from its own latest checkpoint, else from `train.init_from`, else
 pure function of the config and the step, so a resumed run reads the same text as an uninterrupted one.
 """
 
+import collections
 import contextlib
 import functools
 import pathlib
@@ -22,12 +23,14 @@ from pi_jax.convert.folders import read_json
 from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
-from pi_jax.parallel import placement, processes
+from pi_jax.parallel import placement, processes, supervisor
 from pi_jax.train import metrics
 from pi_jax.train.abstract import abstract_model, abstract_state, columns
+from pi_jax.train.monitor import Monitor
 from pi_jax.train.optimizer import learning_rate
 from pi_jax.train.resolve import Experiment, resolve
 from pi_jax.train.run_folder import (
+    LOCK,
     as_recorded,
     changes,
     export,
@@ -37,6 +40,9 @@ from pi_jax.train.run_folder import (
     write_run_files,
 )
 from pi_jax.train.step import TrainState, init_train_state, make_step
+
+_AHEAD = 2
+"""Steps that may be dispatched beyond the last one that is known to be finished: a signal is seen in time."""
 
 
 def train(config: Config, base: Config | None = None) -> dict[str, Any]:
@@ -51,35 +57,45 @@ def train(config: Config, base: Config | None = None) -> dict[str, Any]:
 
     Raises:
       InputError: for anything the user can fix, before the first step.
-      FloatingPointError: if the loss is not finite.
+      FloatingPointError: if the loss or the gradient is not finite in too many steps in a row.
+      SystemExit: with status `supervisor.REQUEUE`, if it was stopped by a signal and saved.
     """
     experiment = resolve(config)
+    with supervisor.supervise(config.train.stall_timeout, config.train.startup_timeout) as supervised:
+        return _supervised(experiment, supervised, base or config)
+
+
+def _supervised(experiment: Experiment, supervised: supervisor.Supervisor, base: Config) -> dict[str, Any]:
+    config = experiment.config
     output = pathlib.Path(config.train.output)
     require_folder(output)
     processes.require_same("the config", f"{experiment.config}")
     processes.require_shared(output)
     model, pipeline, mesh = experiment.model, experiment.pipeline, experiment.mesh
-    log.info(describe(config, base or config))
+    log.info(describe(config, base))
     log.info(f"Model: {model.num_parameters():,} parameters, {model.rope}; mesh {dict(mesh.shape)}")
     log.info(f"Data: {pipeline.steps_per_epoch:.1f} steps per epoch, {config.train.steps} steps to run")
     _warn_of_untrained_positions(config, model)
+    first = jax.process_index() == 0
     with (
+        atomic.lock(output / LOCK, f"{output}") if first else contextlib.nullcontext(),
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
-        processes.preemption_requested() as preempted,
         Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints,
     ):
         state = _initial_state(experiment, checkpoints)
-        if int(state.step) == config.train.steps and (output / "result.json").exists():
-            log.info(f"All {config.train.steps} steps are done already; the result is in {output}")
-            return read_json(output / "result.json")
+        if int(state.step) == config.train.steps:
+            with contextlib.suppress(InputError):  # there is none, or a damaged one: it is written again
+                result = read_json(output / "result.json")
+                log.info(f"All {config.train.steps} steps are done already; the result is in {output}")
+                return result
         _report_changes(output, experiment.config)
-        if jax.process_index() == 0:
+        if first:
             write_run_files(output, experiment.config, model, experiment.tokenizer, int(state.step))
         with metrics.Metrics(output, config.logging, flatten(experiment.config), int(state.step)) as logger:
-            result = _run(experiment, state, checkpoints, logger, preempted)
-    if jax.process_index() == 0:
-        atomic.write_json(str(output / "result.json"), result)
+            result = _run(experiment, state, checkpoints, logger, supervised)
+        if first:
+            atomic.write_json(output / "result.json", result)
     log.info(
         f"Done. Weights, log and result are in {output}; export the model with\n"
         f"  python -m pi_jax.convert --source {output} --target {output}-hf --format hf"
@@ -120,6 +136,8 @@ def _initial_state(experiment: Experiment, checkpoints: Checkpoints) -> TrainSta
             log.info(f"Skipped a checkpoint: {reason}")
         if restored.step > config.train.steps:
             raise InputError(f"train.steps is {config.train.steps}, but {config.train.output} is at {restored.step}")
+        if moved := checkpoints.set_aside(restored.step):
+            log.info(f"Moved to {', '.join(moved)}: remove it when you have looked at it")
         log.info(f"Resumed from step {restored.step}")
         return restored.state
     if experiment.source:
@@ -131,48 +149,68 @@ def _initial_state(experiment: Experiment, checkpoints: Checkpoints) -> TrainSta
     return init_train_state(make(jax.random.key(config.train.seed)), optimizer)
 
 
-def _run(experiment: Experiment, state: TrainState, checkpoints: Checkpoints, logger, preempted) -> dict[str, Any]:
+def _run(
+    experiment: Experiment,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    logger: metrics.Metrics,
+    supervised: supervisor.Supervisor,
+) -> dict[str, Any]:
     """Runs all remaining steps with logging, checkpoints, evaluations and exports."""
     config, mesh, evaluation = experiment.config, experiment.mesh, experiment.evaluation
     output, steps = pathlib.Path(config.train.output), config.train.steps
     step_fn, identity = make_step(experiment.optimizer), experiment.identity
     local, names = placement.local_batch_slice(mesh, config.data.batch_size), columns(config.data)
-    first = int(state.step)
+    step = first = int(state.step)
     profiler = _Profiler(output / "profile", config.profile, first, steps)
-    if first == 0 and config.evaluate.every:
-        evaluation(state.model, mesh, 0, logger)
-    clock = _Clock(experiment, first)
-    means = None
-    for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, local), strict=False):
-        step = index + 1
-        batch = placement.put_batch(mesh, {k: batch[k] for k in names}, local.start, config.data.batch_size)
-        with profiler.step(step, state), jax.transfer_guard("disallow"):  # a hidden transfer would stall every step
-            state, values = step_fn(state, batch)
-        profiler.after(step, state)
-        clock.add(values)
-        if step == first + 1 or step % config.logging.every == 0 or step == steps:
-            means = clock.means(step)  # the only place that waits for the device
-            if not np.isfinite(means["loss"]):
-                raise FloatingPointError(f"the loss is {means['loss']} by step {step}: stopped, nothing saved")
-            logger.write(step, means)
-            compiling = "  (with compilation)" if step == first + 1 else ""
-            log.info(metrics.console_line(step, steps, means, clock.seconds_left(step)) + compiling)
-        stop = preempted(step) and step < steps
-        checkpoints.save(step, state, identity, last=stop or step == steps)
-        if stop:
-            log.info(f"Preempted: saved at step {step}; run the same command to resume")
-            sys.exit(processes.REQUEUE)
-        if config.evaluate.every and step % config.evaluate.every == 0 and step < steps:
-            jax.block_until_ready(state)  # pending device work counts as training time
-            with clock.paused():
-                evaluation(state.model, mesh, step, logger)
-        if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
-            with clock.paused():
+    clock = _Clock(experiment, first, supervised)
+    means = metrics.last_record(output) if first == steps else None
+
+    def save(last: bool = False) -> None:
+        with supervised.phase(f"the checkpoint of step {step}"):
+            checkpoints.save(step, state, identity, last=last)
+
+    def evaluate() -> dict[str, Any]:
+        jax.block_until_ready(state)  # pending device work counts as training time
+        with clock.paused(), supervised.phase(f"the evaluation after step {step}"):
+            return evaluation(state.model, mesh, step, logger)
+
+    try:
+        if first == 0 and config.evaluate.every:
+            evaluate()
+        for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, local), strict=False):
+            batch = placement.put_batch(mesh, {k: batch[k] for k in names}, local.start, config.data.batch_size)
+            with profiler.step(index + 1, state), jax.transfer_guard("disallow"):  # a transfer would stall every step
+                state, values = step_fn(state, batch)
+            step = index + 1
+            profiler.after(step, state)
+            clock.add(step, values)
+            if step == first + 1 or step % config.logging.every == 0 or step == steps:
+                means = clock.means(step)
+                logger.write(step, means)
+                compiling = "  (with compilation)" if step == first + 1 else ""
+                log.info(metrics.console_line(step, steps, means, clock.seconds_left(step)) + compiling)
+            if step == steps or step % config.checkpoint.every == 0:
+                clock.drain()  # a step that ends the run is not saved
+                save(last=step == steps)
+            if config.evaluate.every and step % config.evaluate.every == 0 and step < steps:
+                evaluate()
+            if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
                 if jax.process_count() > 1:  # process 0 exports from the checkpoint
-                    checkpoints.save(step, state, identity, last=True)
+                    save(last=True)
                 if jax.process_index() == 0:
-                    export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
-    return {"steps": steps, "final": means, **evaluation(state.model, mesh, steps, logger)}
+                    with clock.paused(), supervised.phase(f"the export of step {step}", alone=True):
+                        export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
+        return {"steps": steps, "final": means, **evaluate()}
+    except supervisor.Stop:
+        with contextlib.suppress(supervisor.Stop):
+            clock.drain()
+        if step > first or checkpoints.steps():
+            save(last=True)
+            log.info(f"Stopped: saved at step {step}; run the same command to resume")
+        else:
+            log.info("Stopped before the first step; run the same command to start again")
+        sys.exit(supervisor.REQUEUE)
 
 
 class _Profiler:
@@ -206,24 +244,53 @@ class _Profiler:
 
 
 class _Clock:
-    """Averages logged values and measures throughput since the last log line, excluding evaluations and exports."""
+    """Waits for the device, so that it is at most two steps behind; averages what is logged, and measures throughput.
 
-    def __init__(self, experiment: Experiment, first: int):
+    Evaluations and exports do not count.
+    """
+
+    def __init__(self, experiment: Experiment, first: int, supervised: supervisor.Supervisor):
         config = experiment.config
         self._steps, self._rate = config.train.steps, learning_rate(config.optimizer, config.train.steps)
         self._tokens = config.data.batch_size * config.data.window
         self._flops = self._tokens * metrics.flops_per_token(experiment.model, config.data.window)
         self._peak = metrics.peak_flops(config.logging)
-        self._values, self._since, self._last = [], time.monotonic(), first
+        self._monitor = Monitor(experiment.pipeline, experiment.model.vocab_size, config.train.max_skipped_steps)
+        self._supervised = supervised
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._values: list[dict[str, np.ndarray]] = []
+        self._since, self._last = time.monotonic(), first
         self._per_second = float("nan")
 
-    def add(self, values: dict[str, jax.Array]) -> None:
-        """Records the values of a step without waiting for them."""
-        self._values.append(values)
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes the values of a step that was just dispatched; waits for the step two before it.
+
+        Raises:
+          FloatingPointError: see `Monitor`.
+          supervisor.Stop: if the run was asked to stop.
+        """
+        self._pending.append((step, values))
+        while len(self._pending) > _AHEAD:
+            self._take()
+
+    def drain(self) -> None:
+        """Waits for all steps. Raises the same."""
+        while self._pending:
+            self._take()
+
+    def _take(self) -> None:
+        step, values = self._pending.popleft()
+        found = jax.device_get(values)
+        self._values.append(found)
+        self._monitor.observe(step, float(found["loss"]), float(found["grad_norm"]))
+        self._supervised.step(step)
 
     def means(self, step: int) -> dict[str, float]:
         """Returns what is logged at a step: means since the last call, and throughput. Waits for the device."""
-        means = {k: float(np.mean([jax.device_get(v[k]) for v in self._values])) for k in self._values[0]}
+        self.drain()
+        finite = [v for v in self._values if np.isfinite(v["loss"]) and np.isfinite(v["grad_norm"])]
+        means = {k: float(np.mean([v[k] for v in finite or self._values])) for k in self._values[0]}
+        means["skipped_steps"] = len(self._values) - len(finite)
         self._per_second = (step - self._last) / (time.monotonic() - self._since)
         means |= {
             "learning_rate": float(self._rate(step - 1)),

@@ -5,6 +5,7 @@ used in a matrix product (P: all but the embedding lookup) and the two attention
 (causal). Recomputation does not count. MFU = FLOPs per second / (devices x peak FLOP/s per device).
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+from pi_jax import atomic
 from pi_jax.config import LoggingConfig, ModelConfig
 from pi_jax.errors import InputError
 from pi_jax.parallel import chips
@@ -31,6 +33,24 @@ def peak_flops(config: LoggingConfig) -> float | None:
     kind = jax.devices()[0].device_kind
     tflops = config.peak_tflops or chips.peak_tflops(kind)
     return tflops * 1e12 * jax.device_count() or None
+
+
+def last_record(folder: pathlib.Path) -> dict[str, float] | None:
+    """Returns the values of the last step in metrics.jsonl that has a loss; None if there is none."""
+    path = folder / "metrics.jsonl"
+    records = [r for r in _records(path) if "loss" in r] if path.exists() else []
+    return {k: v for k, v in records[-1].items() if k not in ("step", "time")} if records else None
+
+
+def _records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The valid lines of a JSONL file of metrics."""
+    found = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                found.append(record)
+    return found
 
 
 class Metrics:
@@ -63,11 +83,10 @@ class Metrics:
 class _Jsonl:
     def __init__(self, path: pathlib.Path, first_step: int):
         # Drop what an interrupted run logged after its last checkpoint: the resumed run writes these steps again.
-        kept = []
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        # A line that a crash damaged is dropped, too.
+        kept = [record for record in _records(path) if record["step"] <= first_step] if path.exists() else []
+        with atomic.new_file(path) as file:
+            file.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -108,11 +127,12 @@ class _Wandb:
 
 def console_line(step: int, steps: int, values: dict[str, float], seconds_left: float) -> str:
     """Formats the values of a step as a line for the console."""
+    skipped = f"  skipped {values['skipped_steps']:.0f}" if values.get("skipped_steps") else ""
     mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
         f"lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tok/s  "
-        f"{values['tflops_per_second']:.3g} TFLOP/s{mfu}  {duration(seconds_left)} left"
+        f"{values['tflops_per_second']:.3g} TFLOP/s{mfu}  {duration(seconds_left)} left{skipped}"
     )
 
 

@@ -1,5 +1,7 @@
 """AdamW with linear warm-up, as in the paper's section 3.1, from optax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,8 +25,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(config.warmup_start * peak, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; its moments have the structure and sharding of the parameters."""
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then AdamW; its moments have the structure and sharding of the parameters.
+
+    `update` takes `finite` too: whether loss and gradients are. If not, its updates are 0 and the state stays.
+    """
     # Without clipping the state has the same structure, so that a resumed run may turn it on or off.
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     adamw = optax.adamw(
@@ -38,8 +43,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(clip, _stored(adamw, config.moment_dtype, config.offload))
 
 
-def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> optax.GradientTransformation:
-    """Wraps an optimizer so that its state is stored in `dtype`, optionally on the host, and used in float32."""
+def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that its state is stored in `dtype`, optionally on the host, and used in float32.
+
+    `finite` decides here, because on the host nothing is computed.
+    """
     memory = jax.memory.Space.Host if on_host else jax.memory.Space.Device
 
     def store(x):
@@ -57,11 +65,14 @@ def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> o
     def init(params):
         return jax.tree.map(store, inner.init(params))
 
-    def update(gradients, state, params):
-        updates, state = inner.update(gradients, jax.tree.map(load, state), params)
-        return updates, jax.tree.map(store, state)
+    def update(gradients, state, params, *, finite):
+        before = jax.tree.map(load, state)
+        updates, after = inner.update(gradients, before, params)
+        updates = jax.tree.map(lambda x: jnp.where(finite, x, 0), updates)
+        after = jax.tree.map(functools.partial(jnp.where, finite), after, before)
+        return updates, jax.tree.map(store, after)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _decayed(params):

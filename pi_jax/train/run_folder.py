@@ -21,6 +21,8 @@ from pi_jax.convert.formats.native import Reader as RunReader
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
 
+LOCK = ".lock"
+"""Lock of the process that writes the folder."""
 EARLIER = "configs"
 """Subfolder with the earlier versions of config.json."""
 
@@ -33,6 +35,8 @@ def require_folder(output: pathlib.Path) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"train.output {output} is a file: it must name a folder") from None
     except OSError as error:
         raise InputError(f"train.output {output} cannot be created: {error.strerror}") from None
 

@@ -28,17 +28,21 @@ class TrainState:
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_step(optimizer: optax.GradientTransformation) -> StepFn:
-    """Returns the compiled update (state, batch) -> (state, {'loss', 'grad_norm'}), which donates the old state."""
+def make_step(optimizer: optax.GradientTransformationExtraArgs) -> StepFn:
+    """Returns the compiled update (state, batch) -> (state, {'loss', 'grad_norm'}), which donates the old state.
+
+    If the loss or the gradient is not finite, weights and optimizer stay as they are; only the step counts.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradients = _loss_and_gradients(state.model, batch)
+        grad_norm = optax.tree.norm(gradients)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.model, finite=finite)
             model = optax.apply_updates(state.model, updates)
-        values = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, model, opt_state), values
+        return TrainState(state.step + 1, model, opt_state), {"loss": loss, "grad_norm": grad_norm}
 
     return step
 

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from pi_jax import atomic
 from pi_jax.evaluate.loglikelihood import score_sequences, sequences_per_batch
 from pi_jax.model import Llama
+from pi_jax.parallel import supervisor
 
 BATCH_TOKENS = 8192
 """Maximum number of tokens per device and batch, unless a single window is longer."""
@@ -101,6 +102,7 @@ def score_documents(
     results = np.split(losses, ends[:-1])  # views
     advance(begin)
     for done in range(begin, len(plan), size):
+        supervisor.tick()
         batch = plan[done : done + size]
         tokens = np.zeros((size, window), np.int32)
         if shift:
