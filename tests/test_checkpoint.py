@@ -89,6 +89,35 @@ def test_a_damaged_newest_is_left_out_and_said(saved, damage):
     _same(restored.state, restored.step)
 
 
+@pytest.mark.slow
+def test_whatever_file_is_damaged_the_content_is_right_or_of_the_step_before(saved, tmp_path_factory):
+    files = sorted(p.relative_to(saved / "3") for p in (saved / "3").rglob("*") if p.is_file())
+    for file in files:
+        for name, damage in (
+            ("truncated", lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])),
+            (
+                "flipped",
+                lambda path: path.write_bytes(bytes(b ^ 1 for b in path.read_bytes()[:1]) + path.read_bytes()[1:]),
+            ),
+            ("flipped in the middle", _flip_middle),
+            ("emptied", lambda path: path.write_bytes(b"")),
+            ("deleted", lambda path: path.unlink()),
+        ):
+            copy = tmp_path_factory.mktemp("copy") / "checkpoints"
+            shutil.copytree(saved, copy)
+            damage(copy / "3" / file)
+            restored = _restore(copy)
+            assert restored.step == (2 if restored.skipped else 3), (file, name)
+            _same(restored.state, restored.step)
+
+
+def _flip_middle(path):
+    data = bytearray(path.read_bytes())
+    if data:
+        data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
 def test_metadata_is_that_of_the_newest_that_has_any(saved):
     (saved / "9").mkdir()
     with Checkpoints(saved, CheckpointConfig()) as checkpoints:

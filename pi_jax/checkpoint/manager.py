@@ -23,7 +23,15 @@ from orbax.checkpoint import v1 as ocp
 from pi_jax import log, trees
 from pi_jax.checkpoint.fingerprint import fingerprint, fingerprint_of_part
 from pi_jax.checkpoint.layerwise import Weights
-from pi_jax.checkpoint.storage import absolute, open_array, reason, root_cause, storage_context, without_logged_errors
+from pi_jax.checkpoint.storage import (
+    ReadableSteps,
+    absolute,
+    open_array,
+    reason,
+    root_cause,
+    storage_context,
+    without_logged_errors,
+)
 from pi_jax.config import CheckpointConfig
 from pi_jax.errors import InputError
 
@@ -54,6 +62,7 @@ class Checkpoints:
         self._folder, self._every, self._verified = absolute(folder), config.every, -1
         if self._folder.exists() and not self._folder.is_dir():
             raise InputError(f"{folder} is a file: it must be a folder of checkpoints")
+        self._names = ReadableSteps()
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_logged_errors())
             try:
@@ -62,6 +71,7 @@ class Checkpoints:
                     context=storage_context(),
                     preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
                     cleanup_tmp_directories=writer,
+                    step_name_format=self._names,
                 )
             except OSError as error:
                 raise InputError(f"{folder} cannot be {'written' if writer else 'read'}: {reason(error)}") from None
@@ -83,7 +93,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, newest first."""
-        return sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        return sorted({c.step for c in self._checkpointer.checkpoints} | set(self._names.damaged), reverse=True)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any], last: bool = False) -> None:
         """Saves in the background if a checkpoint is due at this step.
@@ -175,6 +185,7 @@ class Checkpoints:
         if newer:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("rejected checkpoints moved")
+            self._names.damaged.clear()
             self._checkpointer.reload()
         return [f"{folder}" for folder in moved]
 
@@ -250,6 +261,8 @@ class Checkpoints:
 
     def _stored(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the metadata saved with a checkpoint, and the metadata of its arrays by name."""
+        if step in self._names.damaged:
+            raise InputError(f"unreadable ({self._names.damaged[step]})")
         try:
             stored = self._checkpointer.metadata(step)
             return dict(stored.custom_metadata or {}), dict(stored.metadata or {})

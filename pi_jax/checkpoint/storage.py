@@ -11,6 +11,7 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.path import step as step_names
 
 from pi_jax import trees
 from pi_jax.errors import InputError
@@ -30,6 +31,33 @@ def storage_context() -> ocp.Context:
         layers_apart if ".layers." in f".{trees.path_name(path)}" else None
     )
     return context
+
+
+class ReadableSteps:
+    """Finds the checkpoints in a folder for Orbax, which opens none if the metadata of a single one is damaged.
+
+    Attributes:
+      damaged: step of each checkpoint that was left out, and the reason.
+    """
+
+    def __init__(self):
+        self._all = step_names.standard_name_format()
+        self.damaged: dict[int, str] = {}
+
+    def build_name(self, step: int) -> str:
+        return self._all.build_name(step)
+
+    def find_all(self, base_path: Any) -> Iterator[step_names.Metadata]:
+        for found in self._all.find_all(base_path):
+            try:
+                _ = found.commit_timestamp  # reads the metadata
+            except Exception as error:  # of many types
+                self.damaged[found.step] = root_cause(error)
+                continue
+            yield found
+
+    def find_step(self, base_path: Any, step: int) -> step_names.Metadata:
+        return self._all.find_step(base_path, step)
 
 
 @contextlib.contextmanager
