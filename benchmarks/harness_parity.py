@@ -70,7 +70,7 @@ def main(args: Parity) -> None:
         folder = pathlib.Path(name)
         task = _task(args, folder)
         samples = folder / "samples.json"
-        ours = harness(Harness(args.model, tasks=(str(task),), samples=str(samples)))["results"]["next_sentence"]
+        ours = harness(Harness(model=args.model, tasks=(str(task),), samples=str(samples)))["results"]["next_sentence"]
         our_samples = json.loads(samples.read_text())["next_sentence"]
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=args.model, dtype="float32", device="cpu", batch_size=1),

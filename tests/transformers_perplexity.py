@@ -4,6 +4,7 @@
 
 Straight from Hugging Face's documentation of perplexity and YaRN's evaluator; nothing of pi_jax is imported. Prints
 JSON: token-weighted perplexity, YaRN's mean over windows, the number of tokens and the seconds of each later window.
+With `--stream`, LongLoRA's perplexity instead.
 """
 
 import argparse
@@ -48,6 +49,17 @@ def sliding_perplexity(model, documents, window, stride, bos=None) -> dict:
     }
 
 
+@torch.no_grad()
+def stream_perplexity(model, documents, window, stride) -> dict:
+    """LongLoRA's, window by window: all of each but its first token is scored, whatever other windows have scored."""
+    stream = torch.tensor([token for document in documents for token in document])
+    means = []
+    for begin in range(0, len(stream) - window, stride)[:-1]:
+        ids = stream[None, begin : begin + window]
+        means.append(model(input_ids=ids, labels=ids, use_cache=False).loss.double())
+    return {"windows": len(means), "window_mean_perplexity": math.exp(torch.stack(means).mean())}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser()
@@ -57,6 +69,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=256)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--bos", action="store_true", help="before every window")
+    parser.add_argument("--stream", action="store_true", help="every token of every window over the joined documents")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
@@ -68,7 +81,10 @@ def main() -> None:
         with open(path, encoding="utf-8", newline="") as file:
             documents.append(tokenizer(file.read(), add_special_tokens=False)["input_ids"][: args.max_tokens])
     bos = tokenizer.bos_token_id if args.bos else None
-    result = sliding_perplexity(model, documents, args.window, args.stride, bos)
+    if args.stream:
+        result = stream_perplexity(model, documents, args.window, args.stride)
+    else:
+        result = sliding_perplexity(model, documents, args.window, args.stride, bos)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps({**result, **versions}))
 

@@ -209,6 +209,31 @@ def test_truncation_with_bos_is_yarns(model_folder, tmp_path):
     assert abs(results[1]["window_mean_perplexity"] / np.exp(np.mean(means)) - 1) > 1e-3
 
 
+def test_windows_passed_as_documents_give_longloras(model_folder):
+    """LongLoRA scores every token of every window of the joined documents; its last window is left out."""
+    import importlib.util
+
+    import torch
+    import transformers
+
+    from pi_jax.evaluate.loaded import LoadedModel
+
+    spec = importlib.util.spec_from_file_location("theirs", "tests/transformers_perplexity.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, n).tolist() for n in (70, 41, 90)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    expected = theirs.stream_perplexity(model, documents, 48, 16)
+    stream = np.concatenate(documents)
+    windows = [stream[i : i + 48] for i in range(0, len(stream) - 48, 16)[:-1]]
+    loaded = LoadedModel.open(model_folder)
+    with loaded.computing() as weights:
+        (found,) = command.evaluate_model(weights, loaded.mesh, [""] * len(windows), windows, (48,), 48)
+    assert found["windows"] == expected["windows"] == 9
+    np.testing.assert_allclose(found["window_mean_perplexity"], expected["window_mean_perplexity"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["none", "window"])
 def test_disjoint_windows_against_transformers(model_folder, tmp_path, policy):
     """Every window in a forward pass of its own."""
