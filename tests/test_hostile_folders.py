@@ -15,7 +15,7 @@ from pi_jax.convert import model_card
 from pi_jax.convert.folders import copy_files
 from pi_jax.convert.formats import hf
 from pi_jax.convert.open import open_model
-from pi_jax.data import chat, prepare
+from pi_jax.data import prepare
 from pi_jax.data.store import TokenStoreWriter
 from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo, load_tokenizer
 from pi_jax.errors import InputError
@@ -315,7 +315,7 @@ PARAMS = {
     "multiple_of": (0, -256),
     "ffn_dim_multiplier": (float("inf"), "x"),
     "rope_theta": (float("nan"),),
-    "n_layers": (0, 10**9),
+    "n_layers": (0, 10**9, None),
 }
 
 
@@ -347,7 +347,7 @@ def test_what_a_run_says_of_itself(name, content, tmp_path):
     refused(lambda: model_card.facts_of_run(tmp_path, 3), f"{name} has ")
 
 
-# Programs: tokenizers and chat templates
+# Tokenizers
 
 
 def written(folder, **changes):
@@ -368,6 +368,13 @@ def test_a_pattern_that_takes_too_many_steps(folder):
     assert not (folder.parent / "store").exists() and tokenizer
 
 
+def test_a_text_that_cannot_be_encoded(folder):
+    """Such as an argument of the command line that is not UTF-8."""
+    refused(lambda: LoadedModel.open(str(folder)).encode_prompt("a\udcffb"), "cannot encode a text: ")
+    edit(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    refused(lambda: LoadedModel.open(str(folder)).encode_prompt("Ada"), "cannot encode a text: WordPiece error")
+
+
 def test_token_ids_that_do_not_fit(folder):
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     written(folder, model=model | {"vocab": model["vocab"] | {"zz": 2**32 - 1}})
@@ -375,53 +382,18 @@ def test_token_ids_that_do_not_fit(folder):
     refused(lambda: TokenizerInfo.of("Toy", {}), "the tokenizer, a Toy, has no tokens")
 
 
-def said(folder, template, texts=("Hi",)):
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    edit(folder / "tokenizer_config.json", chat_template=template)
-    return chat.render(load_tokenizer(str(folder)), texts)
+# Options
 
 
-def test_chats_are_those_of_transformers(folder):
-    template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}\n{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    texts = ["Hé\u2028 <s>", " two "]
-    edit(folder / "tokenizer_config.json", chat_template=template)
-    (folder / "chat_template.jinja").unlink()
-    tokenizer = load_tokenizer(str(folder))
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    wanted = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    assert chat.render(tokenizer, texts) == wanted
-    named = [{"name": "default", "template": template}, {"name": "other", "template": "x"}]
-    assert said(folder, named, texts) == wanted
+@pytest.mark.parametrize("field, value", [("seed", 2**63), ("seed", -1), ("temperature", float("nan"))])
+def test_numbers_that_cannot_be_used(field, value):
+    refused(lambda: generate.Generate(model="x", **{field: value}), f"--{field} is {value}: it must be ")
 
 
-TEMPLATES = {
-    "its own error": ("{{ raise_exception('only one turn') }}", "cannot be applied: TemplateError, only one turn"),
-    "syntax": ("{% for %}", "cannot be applied: TemplateSyntaxError, "),
-    "nothing there": ("{{ messages[5].x.y }}", "cannot be applied: UndefinedError, "),
-    "division": ("{{ 1 / 0 }}", "cannot be applied: ZeroDivisionError, "),
-    "python": ("{{ ''.__class__.__mro__ }}", "cannot be applied: SecurityError, "),
-    "recursion": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "cannot be applied: RecursionError"),
-    "no text": ("\ud800", "cannot be applied: UnicodeEncodeError, "),
-    "number": (5, "is 5: it must be a string"),
-    "no default": ([{"name": "a", "template": "x"}], "has several chat templates (a): one must be named default"),
-    "memory": ("{{ 'x' * (10**12) }}", "needs more than 2,147,483,648 bytes of memory: if that is meant, set PI_JAX_L"),
-    "length": ("{{ 'x' * 70000000 }}", "has 70,000,000 bytes, more than the 67,108,864 allowed: if that is meant, "),
-}
-
-
-@pytest.mark.parametrize("case", TEMPLATES.values(), ids=TEMPLATES)
-def test_chat_templates_that_fail(case, folder):
-    template, message = case
-    refused(lambda: said(folder, template), "chat template", message)
-
-
-def test_a_chat_template_without_end(folder, monkeypatch):
-    monkeypatch.setattr(limits, "CHAT_SECONDS", 1)
-    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    refused(lambda: said(folder, loops), "takes more than 1 seconds: if that is meant, set PI_JAX_LIMITS=2 in the env")
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 0.0])
+def test_sizes_of_files(size, folder, tmp_path):
+    run = convert.Convert(str(folder), str(tmp_path / "out"), shard_gb=size)
+    refused(lambda: convert.convert(run, quiet=True), f"--shard-gb is {size}: it must be positive")
 
 
 def test_generate_renders_chats(folder, monkeypatch, capsys):

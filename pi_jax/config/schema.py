@@ -57,7 +57,7 @@ class ModelConfig:
         window = self.max_position_embeddings
         require(
             window <= _MOST_POSITIONS,
-            f"model.max_position_embeddings is {window}: it must be at most {_MOST_POSITIONS}",
+            f"model.max_position_embeddings is {window!r:.80}: it must be at most {_MOST_POSITIONS}",
         )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(

@@ -64,8 +64,8 @@ def convert(args: Convert, quiet: bool = False) -> None:
         raise InputError(f"--target is {args.target}: .pth files can be written to a local folder only")
     if args.tokenizer and not has_tokenizer(args.tokenizer):
         raise InputError(f"--tokenizer {args.tokenizer} contains neither tokenizer.json nor tokenizer_config.json")
-    if args.shard_gb <= 0:
-        raise InputError(f"--shard-gb is {args.shard_gb}: it must be positive")
+    if not 0 < args.shard_gb < math.inf:
+        raise InputError(f"--shard-gb is {args.shard_gb}: it must be positive and finite")
     if args.max_position_embeddings < 0:
         raise InputError(f"--max-position-embeddings is {args.max_position_embeddings}: it must be positive")
     source = _open(args)

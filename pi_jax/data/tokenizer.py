@@ -62,7 +62,7 @@ def load_tokenizer(folder: str) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json can enable truncation and padding
     backend.no_padding()
-    with _panics(folder):
+    with _encoding(folder):
         _append_nothing(backend)
     return tokenizer
 
@@ -142,18 +142,18 @@ def _append_nothing(backend: Any) -> None:
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Returns the token ids of a prompt: with BOS if the tokenizer prepends it and the text does not begin with it."""
     backend, bos = tokenizer.backend_tokenizer, tokenizer.bos_token_id
-    with _panics(tokenizer.name_or_path):
+    with _encoding(tokenizer.name_or_path):
         ids = backend.encode(text).ids
     return backend.encode(text, add_special_tokens=False).ids if ids[:2] == [bos, bos] else ids
 
 
 @contextlib.contextmanager
-def _panics(folder: str) -> Iterator[None]:
-    """Makes an error of the tokenizers library one sentence: a pattern in tokenizer.json can take too many steps."""
+def _encoding(folder: str) -> Iterator[None]:
+    """Makes an error of the tokenizers library one sentence: a rule in tokenizer.json can fail, or a text be none."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of no module that can be imported, and no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is no Exception
             raise
         raise InputError(f"tokenizer {folder} cannot encode a text: {textwrap.shorten(str(error), 200)}") from None
 
@@ -180,7 +180,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, bos: bool, eos: bool) -> lis
       InputError: if BOS or EOS is requested and the tokenizer does not have it.
     """
     before, after = special_tokens(tokenizer, "bos", bos), special_tokens(tokenizer, "eos", eos)
-    with _panics(tokenizer.name_or_path):
+    with _encoding(tokenizer.name_or_path):
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ids = (encoding.ids for encoding in encodings)
     return [np.array([*before, *own, *after] if own else [], np.uint32) for own in ids]

@@ -1,6 +1,7 @@
 """`python -m pi_jax.generate`: generates text with a model."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Literal
@@ -40,6 +41,12 @@ class Generate(ModelOptions):
     """Dtype of weights and activations."""
     chunk: int = 512
     """Prefill chunk size in tokens. Lower it if a long prompt runs out of memory."""
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed is {self.seed}: it must be from 0 to {2**63 - 1}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature is {self.temperature}: it must be 0 or more")
 
 
 def generate(args: Generate) -> list[str]:

@@ -90,7 +90,7 @@ class Folder:
             log.note(f"{self.path / PARAMS} has its values under 'model'")
             self.params = nested
         for key in _REQUIRED:
-            if key not in self.params:
+            if self.params.get(key) is None:
                 raise InputError(f"{self.path / PARAMS} lacks {key}")
         for key, value in self.params.items():
             if (key not in _KNOWN and value) or (key == "sliding_window" and value):
