@@ -1,5 +1,6 @@
 """Who a process is by its launcher's variables, and several processes that train as one."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from pi_jax.errors import InputError
-from pi_jax.parallel import processes, xla_options
+from pi_jax.parallel import supervisor, xla_options
 from pi_jax.parallel.cluster import Cluster, detect
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -201,7 +202,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(alone, tmp_pa
             break
     running.send_signal(signal.SIGTERM)
     text = running.communicate(timeout=100)[0]
-    assert running.returncode == processes.REQUEUE, text[-3000:]
+    assert running.returncode == supervisor.REQUEUE, text[-3000:]
     stopped = len(_losses(tmp_path / "run"))
     assert f"saved at step {stopped}" in text
     done = _local(4, _command(tmp_path / "run", "--mesh.context", 2, steps=stopped + 2), devices=1)
@@ -209,6 +210,21 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(alone, tmp_pa
     whole = _run(_command(tmp_path / "whole", steps=stopped + 2), _environment(4))
     assert whole.returncode == 0
     np.testing.assert_allclose(_losses(tmp_path / "run"), _losses(tmp_path / "whole"), rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_to_stop_inside_an_evaluation(tmp_path, inputs):
+    evaluation = ("--evaluate.data", inputs["heldout"], "--evaluate.every", 2, "--evaluate.windows", 64)
+    command = _command(tmp_path / "run", *evaluation, "--evaluate.stride", 1, steps=4000)
+    running = subprocess.Popen([ROOT / "launch" / "local.sh", "2", *command], env=_environment(2), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    for line in running.stdout:
+        if " 2/4000 " in line:
+            break
+    time.sleep(1)
+    running.send_signal(signal.SIGTERM)
+    text = running.communicate(timeout=100)[0]
+    assert running.returncode == supervisor.REQUEUE and "saved at step 2;" in text, text[-3000:]
 
 
 def _port():
@@ -353,9 +369,123 @@ def test_one_process_saves_itself_when_preempted(tmp_path, inputs):
             break
     running.send_signal(signal.SIGTERM)
     text = running.communicate(timeout=100)[0]
-    assert running.returncode == processes.REQUEUE, text[-3000:]
+    assert running.returncode == supervisor.REQUEUE, text[-3000:]
     step = len(_losses(tmp_path / "run"))
     assert f"saved at step {step}" in text and (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+def _children(mark):
+    """Process id and environment of all that `local.sh` started with the variable TEST=`mark`."""
+    found = {}
+    for file in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = file.read_text(errors="replace").split("\0")
+            if f"TEST={mark}" in variables and any(v.startswith("PI_JAX_PROCESS_ID=") for v in variables):
+                found[int(file.parent.name)] = variables
+    return found
+
+
+@pytest.fixture
+def local(tmp_path):
+    """Starts `local.sh 2` with a bash script; afterwards nothing may run any more."""
+    started = []
+
+    def start(script, **env):
+        command = [ROOT / "launch" / "local.sh", "2", "bash", "-c", f"me=$PI_JAX_PROCESS_ID; {script}"]
+        env = os.environ | {"TEST": str(tmp_path)} | env
+        running = subprocess.Popen(command, env=env, start_new_session=True, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        started.append(running)
+        return running
+
+    yield start
+    for running in started:
+        running.kill()
+    end = time.monotonic() + 20
+    while _children(tmp_path) and time.monotonic() < end:
+        time.sleep(0.1)
+    left = _children(tmp_path)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
+
+
+@pytest.mark.parametrize(
+    "script, status, message",
+    [
+        ("exit 0", 0, ""),
+        ("exit 75", 75, ""),
+        ("if ((me)); then exit 75; fi; sleep 1", 75, ""),
+        ("if ((me)); then exit 2; fi; sleep 1000", 2, "local.sh: process 1 ended with status 2\n"),
+        ("if ((me)); then exit 75; fi; sleep 1; exit 4", 4, "local.sh: process 0 ended with status 4\n"),
+        ("if ((me)); then kill -KILL $$; fi; sleep 1000", 137, "local.sh: process 1 ended with status 137\n"),
+        ("if ((me)); then kill -STOP $$; fi; sleep 1; exit 9", 9, "local.sh: process 0 ended with status 9\n"),
+        ("if ((me)); then sleep 1000 & sleep 1000; fi; exit 9", 9, "local.sh: process 0 ended with status 9\n"),
+    ],
+)
+def test_the_local_launcher_ends_all_processes_when_one_fails(local, tmp_path, script, status, message):
+    """Also those that are stopped, and what they started."""
+    running = local(script)
+    assert running.communicate(timeout=60)[1] == message
+    assert running.returncode == status
+    assert not _children(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script, status",
+    [
+        ("trap 'exit 75' TERM; echo; while :; do sleep 0.1; done", 75),
+        ("trap '' TERM; echo; sleep 1000", 137),
+        ("echo; kill -STOP $$", 137),
+        ("trap 'exit 75' TERM; if ((me)); then trap '' TERM; fi; echo; while :; do sleep 0.1; done", 137),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_the_local_launcher_passes_a_signal_on_and_kills_after_grace(local, tmp_path, script, status, number):
+    running = local(script, GRACE="1")
+    assert [running.stdout.readline() for _ in range(2)] == ["\n", "\n"]
+    running.send_signal(number)
+    assert running.wait(timeout=60) == status
+    assert not _children(tmp_path)
+
+
+@pytest.mark.parametrize("whom", ["itself", "its process group"])
+def test_the_local_launcher_leaves_nothing_when_it_is_killed(local, whom):
+    running = local("trap '' TERM; echo; sleep 1000")
+    assert [running.stdout.readline() for _ in range(2)] == ["\n", "\n"]
+    (os.kill if whom == "itself" else os.killpg)(running.pid, signal.SIGKILL)  # the fixture looks for what is left
+
+
+def test_a_second_interrupt_kills_at_once(local):
+    running = local("trap 'echo $me' TERM; echo; while :; do sleep 0.1; done")
+    assert [running.stdout.readline() for _ in range(2)] == ["\n", "\n"]
+    running.send_signal(signal.SIGINT)
+    assert {running.stdout.readline() for _ in range(2)} == {"0\n", "1\n"}
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 137  # GRACE is 300 seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_is_stopped_ends_all(tmp_path, inputs, process):
+    """The others end when its heartbeats fail, which is after a minute; then the launcher kills it."""
+    command = [ROOT / "launch" / "local.sh", "2", *_command(tmp_path / "run", steps=10**6)]
+    running = subprocess.Popen(command, env=_environment(1, TEST=str(tmp_path)), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    for line in running.stdout:
+        if " 3/1000000 " in line:
+            break
+    os.kill(next(i for i, v in _children(tmp_path).items() if f"PI_JAX_PROCESS_ID={process}" in v), signal.SIGSTOP)
+    text = running.communicate(timeout=120)[0]
+    assert running.returncode == 134, text[-3000:]
+    assert not _children(tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_make_the_built_in_inputs_once(tmp_path):
+    done = _run([ROOT / "launch" / "local.sh", "2", *_command(tmp_path / "run")], _environment(1, TMPDIR=str(tmp_path)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith("pi_jax-")]) == 1
 
 
 def test_launch_files_are_well_formed():

@@ -75,6 +75,8 @@ class Checkpoints:
                 )
             except OSError as error:
                 raise InputError(f"{folder} cannot be {'written' if writer else 'read'}: {reason(error)}") from None
+            # Orbax would report its steps to JAX's preemption service, whose only caller must be the supervisor.
+            self._checkpointer._manager.reached_preemption = lambda step: False
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Checkpoints":

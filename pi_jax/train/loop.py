@@ -203,8 +203,9 @@ def _run(
                         export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
         return {"steps": steps, "final": means, **evaluate()}
     except supervisor.Stop:
-        with contextlib.suppress(supervisor.Stop):
-            clock.drain()
+        clock.drain()
+        if clock.has_values:
+            logger.write(step, clock.means(step))
         if step > first or checkpoints.steps():
             save(last=True)
             log.info(f"Stopped: saved at step {step}; run the same command to resume")
@@ -277,6 +278,11 @@ class _Clock:
         """Waits for all steps. Raises the same."""
         while self._pending:
             self._take()
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there are values that `means` has not returned."""
+        return bool(self._values)
 
     def _take(self) -> None:
         step, values = self._pending.popleft()
