@@ -371,8 +371,9 @@ def test_a_pattern_that_takes_too_many_steps(folder):
 def test_a_text_that_cannot_be_encoded(folder):
     """Such as an argument of the command line that is not UTF-8."""
     refused(lambda: LoadedModel.open(str(folder)).encode_prompt("a\udcffb"), "cannot encode a text: ")
-    edit(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
-    refused(lambda: LoadedModel.open(str(folder)).encode_prompt("Ada"), "cannot encode a text: WordPiece error")
+    pieces = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": {"b": 0}}
+    written(folder, model=pieces | {"max_input_chars_per_word": 100})
+    refused(lambda: load_tokenizer(str(folder)), "cannot encode a text: WordPiece error")
 
 
 def test_token_ids_that_do_not_fit(folder):

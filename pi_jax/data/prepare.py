@@ -22,7 +22,7 @@ SUMMARIZE = "Read the following article and then summarize it.\n{}\nNow summariz
 """The paper's prompt template for GovReport (Figure 4). The line break before the summary is our choice."""
 
 _BATCH_CHARACTERS = 2**24
-"""Characters per batch. The tokenizer needs tens of bytes of memory per character."""
+"""Characters per batch. The tokenizer needs a hundred bytes of memory per character and more."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ TEMPLATES = {
     "number": (5, "is 5: it must be a string"),
     "no default": ([{"name": "a", "template": "x"}], "has several chat templates (a): one must be named default"),
     "memory": ("{{ 'x' * (10**12) }}", "needs more than 2,147,483,648 bytes of memory: if that is meant, set PI_JAX_L"),
-    "length": ("{{ 'x' * 70000000 }}", "has 70,000,000 bytes, more than the 67,108,864 allowed: if that is meant, "),
+    "length": ("{{ 'x' * 70000000 }}", "has 70,000,000 bytes, more than the 33,554,432 allowed: if that is meant, "),
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from pi_jax import limits
 from pi_jax.config import DataConfig
 from pi_jax.data.pipeline import open_pipeline
 from pi_jax.data.store import TokenStore, TokenStoreWriter
@@ -181,6 +182,12 @@ def test_a_manifest_that_lies_about_its_tokens(store):
         pipeline.batch(0)
     edit(store / "manifest.json", largest_token=VOCABULARY)
     assert f"largest_token in its manifest.json is {VOCABULARY}, but must be below the vocab_size" in refused(store)
+
+
+def test_offsets_stay_in_memory_so_documents_are_limited(store, monkeypatch):
+    monkeypatch.setattr(limits, "DOCUMENTS", 2)
+    with pytest.raises(InputError, match=r"store has 3 documents, more than the 2 allowed: .* set PI_JAX_LIMITS=2 in"):
+        TokenStore.open(str(store))
 
 
 def test_the_limits_can_be_raised(store, monkeypatch):
