@@ -12,18 +12,23 @@ import sys
 import textwrap
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from pi_jax import atomic, cli
+from pi_jax import atomic, cli, tiny
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.checkpoint.manager import Checkpoints as Manager
-from pi_jax.config import CheckpointConfig, EvaluateConfig
+from pi_jax.config import CheckpointConfig, ComputeConfig, EvaluateConfig
+from pi_jax.convert.formats import hf
+from pi_jax.convert.model_card import facts_of_run
 from pi_jax.convert.open import open_model
 from pi_jax.data import trace
 from pi_jax.data.pipeline import Pipeline, open_pipeline
 from pi_jax.errors import InputError
+from pi_jax.model import Llama
 from pi_jax.parallel import supervisor
+from pi_jax.tiny import tiny_model_config
 from pi_jax.train import loop, monitor
 from pi_jax.train.run_folder import LOCK
 from tests.changes import with_changes
@@ -89,6 +94,20 @@ def test_a_second_run_in_a_folder_is_refused(config, output):
         assert [p.name for p in output.iterdir()] == [LOCK]
     loop.train(config)
     assert not (output / LOCK).exists()
+
+
+def test_a_run_does_not_resume_from_another_base_model(config, tmp_path, capsys):
+    config = dataclasses.replace(config, model=None)
+    for name, seed in (("a", 1), ("b", 2)):
+        model = Llama(tiny_model_config(), ComputeConfig(), jax.random.key(seed))
+        hf.save(model, str(tmp_path / name), tiny.tiny_inputs()["tokenizer"], "float32")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    first = with_changes(config, train={"init_from": str(tmp_path / "a"), "steps": 2})
+    loop.train(first)
+    with pytest.raises(InputError, match=rf"train.init_from: {tmp_path}/a -> {tmp_path}/b"):
+        loop.train(with_changes(first, train={"init_from": str(tmp_path / "b"), "steps": 4}))
+    loop.train(with_changes(first, train={"init_from": str(tmp_path / "copy"), "steps": 4}))
+    assert facts_of_run(first.train.output, 4).base == "a"
 
 
 # Saved means saved
@@ -218,7 +237,9 @@ def run_python(code, *words, timeout=120):
 
 SUPERVISED = """
     import os, signal, sys, time
-    from pi_jax.parallel import supervisor
+    from pi_jax.model import Llama
+from pi_jax.parallel import supervisor
+from pi_jax.tiny import tiny_model_config
     with supervisor.supervise(stall_timeout=float(sys.argv[1]), startup_timeout=float(sys.argv[2])) as supervised:
         if sys.argv[3] != "start-up":
             supervised.step(1)
@@ -249,7 +270,9 @@ def test_a_run_that_is_stuck_or_has_nothing_to_save_ends_whatever_it_waits_for(w
 
 SUSPENDED = """
     import sys, time
-    from pi_jax.parallel import supervisor
+    from pi_jax.model import Llama
+from pi_jax.parallel import supervisor
+from pi_jax.tiny import tiny_model_config
     with supervisor.supervise(stall_timeout=6) as supervised:
         supervised.step(1)
         print("ready", flush=True)

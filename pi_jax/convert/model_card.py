@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from pi_jax.config import ModelConfig
-from pi_jax.convert.folders import read_json
+from pi_jax.convert.folders import EARLIER, read_json
 from pi_jax.errors import InputError
 
 
@@ -43,8 +43,12 @@ def facts_of_run(folder: Any, step: int) -> Facts:
         return Facts()  # a converted checkpoint, not a run
     done = read_json(result) if result.is_file() else {}
     try:
+        began = read_json(pathlib.Path(folder) / EARLIER / "1.json")["config"]  # resumed with another path to its base
+    except (InputError, KeyError):
+        began = config
+    try:
         facts = Facts(
-            base=pathlib.PurePath(str(config.get("train.init_from") or "")).name,
+            base=pathlib.PurePath(str(began.get("train.init_from") or "")).name,
             steps=step,
             window=config.get("data.pose_window") or config.get("data.window", 0),
             batch=config.get("data.batch_size", 0),

@@ -5,6 +5,7 @@ format) and `model/` (config.json in Hugging Face's format, tokenizer files), so
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ from pi_jax import limits
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import CheckpointConfig, ComputeConfig, ModelConfig, RopeConfig, extend
 from pi_jax.convert import model_card, pipeline, sharded_load
-from pi_jax.convert.folders import has_tokenizer
+from pi_jax.convert.folders import digest, has_tokenizer
 from pi_jax.convert.formats import hf, meta, native
 from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.convert.formats.native import MODEL as RUN_MODEL
@@ -49,6 +50,19 @@ class Source:
     def tokenizer(self) -> str:
         """`files` if it contains a tokenizer that transformers can load, else "" (as in Meta's own folders)."""
         return self.files if self.kind != "meta" or has_tokenizer(self.files) else ""
+
+    def digest(self) -> str:
+        """Identifies the weights without reading all of them; does not depend on the folder's name.
+
+        For a run, those of its newest checkpoint.
+        """
+        folder = epath.Path(self.path)
+        if self.kind != "run":
+            return digest(sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pth")))
+        with Checkpoints(folder / RUN_CHECKPOINTS, CheckpointConfig(), writer=False) as checkpoints:
+            sums = checkpoints.metadata().get("fingerprint", {})
+        weights = sorted((name, total) for name, total in sums.items() if name.startswith("model."))
+        return hashlib.sha256(repr(weights).encode()).hexdigest()
 
     def reader(self, step: int | None = None) -> pipeline.Reader:
         """Returns a reader of the weights.

@@ -21,7 +21,7 @@ SEED = 0
 """Seed of all random numbers."""
 
 
-def frequencies(head_dim: int, theta: float = 10000.0) -> Float[np.ndarray, "R"]:
+def frequencies(head_dim: int, theta: float = 10000.0) -> Float[np.ndarray, " R"]:
     """Returns theta_j = theta^(-2j/H), float64."""
     return theta ** (-np.arange(0, head_dim, 2) / head_dim)
 

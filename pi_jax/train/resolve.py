@@ -1,6 +1,7 @@
 """Opens and checks everything that a config names, so that a run fails before it has spent any time."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -53,7 +54,7 @@ class Experiment:
     optimizer: optax.GradientTransformation
     evaluation: Evaluation
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Fields that must not change when a run resumes, and their values."""
         model = {f"model.{name}": getattr(self.model, name) for name in _MODEL_FIELDS}
@@ -61,7 +62,8 @@ class Experiment:
             "compute.param_dtype": self.config.compute.param_dtype,
             "optimizer.moment_dtype": self.config.optimizer.moment_dtype,
         }
-        return self.pipeline.identity | model | {"rope": f"{self.model.rope}"} | stored
+        base = {"train.init_from": self.source.digest() if self.source else ""}
+        return self.pipeline.identity | model | {"rope": f"{self.model.rope}"} | stored | base
 
 
 def resolve(config: Config) -> Experiment:

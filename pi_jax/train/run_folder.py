@@ -13,7 +13,7 @@ from pi_jax import __version__, atomic, log
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import Config, ModelConfig, flatten
 from pi_jax.convert import model_card
-from pi_jax.convert.folders import copy_files, read_json
+from pi_jax.convert.folders import EARLIER, copy_files, read_json
 from pi_jax.convert.formats import hf
 from pi_jax.convert.formats.native import EXPORTS as RUN_EXPORTS
 from pi_jax.convert.formats.native import MODEL as RUN_MODEL
@@ -23,8 +23,6 @@ from pi_jax.model import Llama
 
 LOCK = ".lock"
 """Lock of the process that writes the folder."""
-EARLIER = "configs"
-"""Subfolder with the earlier versions of config.json."""
 
 
 def require_folder(output: pathlib.Path) -> None:
