@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -487,6 +488,35 @@ def test_processes_that_start_at_once_make_the_built_in_inputs_once(tmp_path):
     assert len([p for p in tmp_path.iterdir() if p.name.startswith("pi_jax-")]) == 1
 
 
+def _restarted():
+    """Exit status -> whether a restart may cure it, by the table in docs/cluster.md."""
+    table = (ROOT / "docs" / "cluster.md").read_text().partition("## Exit statuses")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if re.match(r"\| \d", line)]
+    return {int(status): row[3].strip() == "yes" for row in rows for status in row[1].split(",")}
+
+
+@pytest.mark.parametrize("restarts, limit", [(0, ""), (19, ""), (20, ""), (1, "1")])
+@pytest.mark.parametrize("status", _restarted())
+def test_a_slurm_job_is_requeued_after_what_a_restart_can_cure(tmp_path, status, restarts, limit):
+    for name, line in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" > {tmp_path}/requeued')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "pi_jax").mkdir()
+    env = os.environ | {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    env |= {"SLURM_RESTART_COUNT": str(restarts or ""), "MAX_RESTARTS": limit}
+    done = subprocess.run(["bash", ROOT / "launch" / "slurm.sbatch"], env=env, capture_output=True, text=True)
+    requeued = _restarted()[status] and restarts < int(limit or 20)
+    assert done.returncode == (0 if requeued else status), done.stderr
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_a_restart_cures_what_is_not_the_input():
+    cured = {supervisor.STALLED, supervisor.REQUEUE, 134, 137, 143}
+    assert {status for status, restarted in _restarted().items() if restarted} == cured
+    assert set(_restarted()) - cured == {0, 1, 2}
+
+
 def test_launch_files_are_well_formed():
     for script in ("local.sh", "slurm.sbatch", "tpu_vm.sh"):
         assert subprocess.run(["bash", "-n", ROOT / "launch" / script]).returncode == 0
@@ -497,4 +527,13 @@ def test_launch_files_are_well_formed():
     assert job["template"]["spec"]["serviceAccountName"] == account["metadata"]["name"]
     assert int(env["PI_JAX_NUM_PROCESSES"]) == job["completions"] == job["parallelism"]
     assert set(env) == {"PI_JAX_COORDINATOR", "PI_JAX_NUM_PROCESSES", "PI_JAX_PROCESS_ID"}
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # a pod failure policy requires it
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2]},
+    }
+    assert jobset["spec"]["failurePolicy"]["rules"] == [
+        {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
     assert subprocess.run([ROOT / "launch" / "local.sh", "0"], capture_output=True).returncode == 2
