@@ -53,7 +53,6 @@ TEMPLATES = {
     "no text": ("\ud800", "cannot be applied: UnicodeEncodeError, "),
     "number": (5, "is 5: it must be a string"),
     "no default": ([{"name": "a", "template": "x"}], "has several chat templates (a): one must be named default"),
-    "memory": ("{{ 'x' * (10**12) }}", "needs more than 2,147,483,648 bytes of memory: if that is meant, set PI_JAX_L"),
     "length": ("{{ 'x' * 70000000 }}", "has 70,000,000 bytes, more than the 33,554,432 allowed: if that is meant, "),
 }
 
@@ -62,6 +61,13 @@ TEMPLATES = {
 def test_chat_templates_that_fail(case, folder):
     template, message = case
     refused(folder, template, message)
+
+
+def test_a_chat_template_that_needs_memory(folder, monkeypatch):
+    monkeypatch.setattr(limits, "CHAT_MEMORY", 10**8)
+    refused(
+        folder, "{{ 'x' * 300000000 }}", "needs more than 100,000,000 bytes of memory: if that is meant, set PI_JAX_L"
+    )
 
 
 def test_a_chat_template_without_end(folder, monkeypatch):
