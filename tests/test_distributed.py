@@ -287,10 +287,10 @@ def test_processes_with_different_configs_are_refused(tmp_path):
 
 
 FAILING = """
-import os, sys
+import os, pathlib, sys
 import numpy as np
 from jax.experimental import multihost_utils
-from pi_jax import cli
+from pi_jax import atomic, cli
 from pi_jax.errors import InputError
 from pi_jax.parallel import processes
 
@@ -302,13 +302,14 @@ def command():
     fail("before they are connected")
     processes.initialize()
     fail("before they use a device")
-    for step in range(10**6 if when == "while the others wait" else 10):
-        multihost_utils.process_allgather(np.array([step]))
-        if step == 3:
-            fail("while the others wait")
+    with atomic.lock(pathlib.Path(f"{lock}-{os.getpid()}"), "the run"):
+        for step in range(10**6 if when == "while the others wait" else 10):
+            multihost_utils.process_allgather(np.array([step]))
+            if step == 3:
+                fail("while the others wait")
     fail("while the others finish")
 
-how, who, when = sys.argv[1:]
+how, who, when, lock = sys.argv[1:]
 cli.run(command, connect=processes.connect)
 """
 
@@ -346,13 +347,15 @@ def _ended(command, count):
         ("input", 0, "while the others finish"),
     ],
 )
-def test_an_error_on_one_process_ends_all_with_its_status_and_sentence(how, who, when):
+def test_an_error_on_one_process_ends_all_with_its_status_and_sentence(tmp_path, how, who, when):
     status, message = {"input": (2, "no such file\n"), "crash": (1, "KeyError: 'no such file'\n")}[how]
-    for process, (code, error, after) in enumerate(_ended([sys.executable, "-c", FAILING, how, str(who), when], 3)):
+    command = [sys.executable, "-c", FAILING, how, str(who), when, str(tmp_path / "lock")]
+    for process, (code, error, after) in enumerate(_ended(command, 3)):
         assert code == status, error
         assert after < 10
         assert error.endswith(f"error: process {who}: {message}" if process != who else message)
         assert error.count("Traceback") == (process == who and how == "crash")
+    assert not list(tmp_path.iterdir())  # no lock is left
 
 
 def test_a_failure_ends_its_process_when_jax_has_no_store_to_tell_others():

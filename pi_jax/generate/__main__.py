@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes.initialize()
         generate(args)
 
-    cli.run(command)
+    cli.run(command, connect=processes.connect)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class _Failure(NamedTuple):
 class _Run:
     """This process among the others."""
 
-    def __init__(self, store: Any, process: int, processes: int):
-        self._store, self._process, self._processes = store, process, processes
+    def __init__(self, store: Any, process: int, processes: int, release: Callable[[], None]):
+        self._store, self._process, self._processes, self.release = store, process, processes, release
         self._ending, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failures of other processes", daemon=True)
         self._thread.start()
@@ -107,19 +107,20 @@ class _Run:
 _run: _Run | None = None
 
 
-def watch(store: Any, process: int, processes: int) -> Callable[[], None]:
+def watch(store: Any, process: int, processes: int, release: Callable[[], None]) -> Callable[[], None]:
     """Looks out for failures of other processes from now on, and tells them of exceptions that nothing here catches.
 
     Args:
       store: has `key_value_set` and `key_value_dir_get`, as JAX's distributed client.
       process: the index of this process.
       processes: how many there are.
+      release: releases what this process holds, before it exits without leaving its context managers.
 
     Returns:
       What stops it.
     """
     global _run
-    _run = _Run(store, process, processes)
+    _run = _Run(store, process, processes, release)
     show = sys.excepthook
 
     def uncaught(kind, error, trace):
@@ -176,6 +177,8 @@ def _exit_after(seconds: float, status: int, show: Callable[[], None] | None = N
 
 def _exit(status: int) -> NoReturn:
     """Exits at once. Python's own exit would wait for processes that wait for this one."""
+    if _run is not None:
+        _run.release()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pi_jax import log
+from pi_jax import atomic, log
 from pi_jax.errors import InputError
 from pi_jax.parallel import ending
 from pi_jax.parallel.cluster import Cluster, detect, number
@@ -85,7 +85,7 @@ def _watch_others() -> None:
         store = None
     if not hasattr(store, "key_value_dir_get"):
         store, process, processes = ending.NoStore(), jax.process_index(), jax.process_count()
-    finish = ending.watch(store, process, processes)
+    finish = ending.watch(store, process, processes, atomic.release)
 
     @atexit.register
     def leave():
