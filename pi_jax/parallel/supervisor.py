@@ -23,6 +23,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from pi_jax import atomic
+from pi_jax.parallel import ending
 
 REQUEUE = 75
 """Exit status of a run that was stopped by a signal and saved (EX_TEMPFAIL): the same command resumes it."""
@@ -141,11 +142,13 @@ class Supervisor:
     def _stalled(self, seconds: float) -> None:
         print(f"Stacks of all threads of process {jax.process_index()}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-        _end(
-            f"error: no progress for {seconds:.0f} s in {self._doing}: ended; the same command resumes from the last "
-            "checkpoint (limits: train.stall_timeout, train.startup_timeout)",
-            STALLED,
+        message = (
+            f"no progress for {seconds:.0f} s in {self._doing}: ended; the same command resumes from the last checkpoint "
+            "(limits: train.stall_timeout, train.startup_timeout)"
         )
+        if self._cluster:
+            ending.end(STALLED, message)
+        _end(f"error: {message}", STALLED)
 
 
 def _end(message: str, status: int) -> None:

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes.initialize()
         train(config, base)
 
-    cli.run(command)
+    cli.run(command, connect=processes.connect)
 
 
 if __name__ == "__main__":

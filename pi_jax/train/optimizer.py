@@ -28,7 +28,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW; its moments have the structure and sharding of the parameters.
 
-    `update` takes `finite` too: whether loss and gradients are. If not, its updates are 0 and the state stays.
+    `update` takes `finite` too: whether loss and gradients are. If not, the state stays as it was.
     """
     # Without clipping the state has the same structure, so that a resumed run may turn it on or off.
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
@@ -68,7 +68,6 @@ def _stored(inner: optax.GradientTransformation, dtype: str, on_host: bool) -> o
     def update(gradients, state, params, *, finite):
         before = jax.tree.map(load, state)
         updates, after = inner.update(gradients, before, params)
-        updates = jax.tree.map(lambda x: jnp.where(finite, x, 0), updates)
         after = jax.tree.map(functools.partial(jnp.where, finite), after, before)
         return updates, jax.tree.map(store, after)
 
