@@ -143,8 +143,8 @@ class Supervisor:
         print(f"Stacks of all threads of process {jax.process_index()}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         message = (
-            f"no progress for {seconds:.0f} s in {self._doing}: ended; the same command resumes from the last checkpoint "
-            "(limits: train.stall_timeout, train.startup_timeout)"
+            f"no progress for {seconds:.0f} s in {self._doing}: ended; the same command resumes from the last "
+            "checkpoint (limits: train.stall_timeout, train.startup_timeout)"
         )
         if self._cluster:
             ending.end(STALLED, message)
