@@ -194,28 +194,29 @@ def lock(file: pathlib.Path, what: str) -> Iterator[None]:
     ended = threading.Event()
     beat = threading.Thread(target=_touch, args=(file, own, what, ended), daemon=True)
     beat.start()
-    _held[file] = own
+    _held.add((file, own))
     try:
         yield
     finally:
         ended.set()
         beat.join()
-        _release(file)
+        _release(file, own)
 
 
-_held: dict[pathlib.Path, str] = {}
+_held: set[tuple[pathlib.Path, str]] = set()
 
 
-def _release(file: pathlib.Path) -> None:
-    if _read(file) == _held.pop(file):
+def _release(file: pathlib.Path, own: str) -> None:
+    _held.discard((file, own))
+    if _read(file) == own:
         file.unlink(missing_ok=True)
 
 
 def release() -> None:
     """Releases all locks of this process, which then must end by `os._exit`."""
-    for file in list(_held):
-        with contextlib.suppress(OSError, InputError, KeyError):
-            _release(file)
+    for file, own in list(_held):
+        with contextlib.suppress(OSError, InputError):
+            _release(file, own)
 
 
 def _created(file: pathlib.Path, text: str) -> bool:

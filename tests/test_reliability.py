@@ -237,9 +237,7 @@ def run_python(code, *words, timeout=120):
 
 SUPERVISED = """
     import os, signal, sys, time
-    from pi_jax.model import Llama
-from pi_jax.parallel import supervisor
-from pi_jax.tiny import tiny_model_config
+    from pi_jax.parallel import supervisor
     with supervisor.supervise(stall_timeout=float(sys.argv[1]), startup_timeout=float(sys.argv[2])) as supervised:
         if sys.argv[3] != "start-up":
             supervised.step(1)
@@ -270,9 +268,7 @@ def test_a_run_that_is_stuck_or_has_nothing_to_save_ends_whatever_it_waits_for(w
 
 SUSPENDED = """
     import sys, time
-    from pi_jax.model import Llama
-from pi_jax.parallel import supervisor
-from pi_jax.tiny import tiny_model_config
+    from pi_jax.parallel import supervisor
     with supervisor.supervise(stall_timeout=6) as supervised:
         supervised.step(1)
         print("ready", flush=True)

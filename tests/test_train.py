@@ -143,7 +143,7 @@ def test_a_run_resumed_on_the_same_mesh_has_equal_parameters_to_the_bit(config, 
 
 def test_a_field_that_an_older_version_did_not_record_does_not_stop_a_resume(config, monkeypatch):
     loop.train(with_changes(config, train={"steps": 4}))
-    identity = resolve.Experiment.identity.fget
+    identity = resolve.Experiment.identity.func
     monkeypatch.setattr(resolve.Experiment, "identity", property(lambda self: identity(self) | {"data.new": 1}))
     assert loop.train(config)["steps"] == 6
 
