@@ -165,6 +165,24 @@ def test_a_lost_result_is_written_again(config, output):
     assert json.loads((output / "result.json").read_text())["final"]["loss"] == again["final"]["loss"]
 
 
+def test_what_a_kill_prevented_after_a_checkpoint_is_made_up_for(config, output, inputs):
+    evaluation = {"every": 2, "data": (inputs["heldout"],), "windows": (64,), "stride": 64}
+    config = with_changes(config, evaluate=evaluation, checkpoint={"every": 2, "export_hf_every": 4})
+    loop.train(with_changes(config, train={"steps": 5}))
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    shutil.rmtree(output / "checkpoints" / "5")  # as if killed in the evaluation and the export after step 4
+    shutil.rmtree(output / "hf" / "step-4")
+    kept = [line for line, r in zip(lines, records, strict=True) if r["step"] < 4 or (r["step"] == 4 and "loss" in r)]
+    (output / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+    loop.train(config)
+    (found,) = (
+        r for r in map(json.loads, (output / "metrics.jsonl").open()) if r["step"] == 4 and "perplexity/64" in r
+    )
+    (before,) = (r for r in records if r["step"] == 4 and "perplexity/64" in r)
+    assert found["perplexity/64"] == before["perplexity/64"] and (output / "hf" / "step-4" / "config.json").exists()
+
+
 # Stops
 
 

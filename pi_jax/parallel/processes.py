@@ -165,3 +165,8 @@ def require_shared(folder: pathlib.Path) -> None:
     if not seen.all():
         missing = [int(i) for i in np.flatnonzero(~seen)]
         raise InputError(f"{folder} is not seen by processes {missing}: it must be on storage that all machines share")
+
+
+def decided_by_first(value: bool) -> bool:
+    """Returns the value that process 0 passes, on all processes."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value

@@ -20,7 +20,6 @@ from pi_jax import atomic, log
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import Config, ModelConfig, ProfileConfig, describe, flatten
 from pi_jax.convert.folders import read_json
-from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
 from pi_jax.parallel import placement, processes, supervisor
@@ -33,7 +32,9 @@ from pi_jax.train.run_folder import (
     LOCK,
     as_recorded,
     changes,
+    checkpoints_folder,
     export,
+    export_folder,
     read_config,
     refused_changes,
     require_folder,
@@ -81,7 +82,7 @@ def _supervised(experiment: Experiment, supervised: supervisor.Supervisor, base:
         atomic.lock(output / LOCK, f"{output}") if first else contextlib.nullcontext(),
         jax.set_mesh(mesh),
         jax.default_matmul_precision("float32"),
-        Checkpoints(output / RUN_CHECKPOINTS, config.checkpoint) as checkpoints,
+        Checkpoints(checkpoints_folder(output, config), config.checkpoint) as checkpoints,
     ):
         state = _initial_state(experiment, checkpoints)
         if int(state.step) == config.train.steps:
@@ -175,9 +176,23 @@ def _run(
         with clock.paused(), supervised.phase(f"the evaluation after step {step}"):
             return evaluation(state.model, mesh, step, logger)
 
+    def export_weights() -> None:
+        if jax.process_index() == 0:
+            with clock.paused(), supervised.phase(f"the export of step {step}", alone=True):
+                export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
+
+    def evaluation_due() -> bool:
+        return bool(config.evaluate.every) and step % config.evaluate.every == 0 and step < steps
+
+    def export_due() -> bool:
+        return bool(config.checkpoint.export_hf_every) and step % config.checkpoint.export_hf_every == 0 and step > 0
+
     try:
-        if first == 0 and config.evaluate.every:
+        # A run that was killed after a checkpoint may lack what follows at the same step.
+        if evaluation_due() and processes.decided_by_first(not metrics.evaluated(output, step)):
             evaluate()
+        if export_due() and not export_folder(output, step).exists():
+            export_weights()
         for index, batch in zip(range(first, steps), experiment.pipeline.iterate(first, local), strict=False):
             batch = placement.put_batch(mesh, {k: batch[k] for k in names}, local.start, config.data.batch_size)
             with profiler.step(index + 1, state), jax.transfer_guard("disallow"):  # a transfer would stall every step
@@ -193,14 +208,12 @@ def _run(
             if step == steps or step % config.checkpoint.every == 0:
                 clock.drain()  # a step that ends the run is not saved
                 save(last=step == steps)
-            if config.evaluate.every and step % config.evaluate.every == 0 and step < steps:
+            if evaluation_due():
                 evaluate()
-            if config.checkpoint.export_hf_every and step % config.checkpoint.export_hf_every == 0:
+            if export_due():
                 if jax.process_count() > 1:  # process 0 exports from the checkpoint
                     save(last=True)
-                if jax.process_index() == 0:
-                    with clock.paused(), supervised.phase(f"the export of step {step}", alone=True):
-                        export(output, step, state.model, config.checkpoint.export_dtype, checkpoints)
+                export_weights()
         return {"steps": steps, "final": means, **evaluate()}
     except supervisor.Stop:
         clock.drain()

@@ -42,6 +42,13 @@ def last_record(folder: pathlib.Path) -> dict[str, float] | None:
     return {k: v for k, v in records[-1].items() if k not in ("step", "time")} if records else None
 
 
+def evaluated(folder: pathlib.Path, step: int) -> bool:
+    """Whether metrics.jsonl has the results of an evaluation after a step."""
+    path = folder / "metrics.jsonl"
+    records = _records(path) if path.exists() else []
+    return any(r["step"] == step and any("/" in name for name in r) for r in records)
+
+
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
     """The valid lines of a JSONL file of metrics."""
     found = []

@@ -8,25 +8,29 @@ import shutil
 from typing import Any
 
 import jax
+from etils import epath
 
 from pi_jax import __version__, atomic, log
-from pi_jax.checkpoint import Checkpoints
+from pi_jax.checkpoint import Checkpoints, is_folder
 from pi_jax.config import Config, ModelConfig, flatten
 from pi_jax.convert import model_card
 from pi_jax.convert.folders import EARLIER, copy_files, read_json
 from pi_jax.convert.formats import hf
+from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.convert.formats.native import EXPORTS as RUN_EXPORTS
 from pi_jax.convert.formats.native import MODEL as RUN_MODEL
 from pi_jax.convert.formats.native import Reader as RunReader
+from pi_jax.convert.formats.native import checkpoints_of
 from pi_jax.errors import InputError
 from pi_jax.model import Llama
+from pi_jax.parallel import processes
 
 LOCK = ".lock"
 """Lock of the process that writes the folder."""
 
 
-def require_folder(output: pathlib.Path) -> None:
-    """Creates the folder of a run.
+def require_folder(output: pathlib.Path, what: str = "train.output") -> None:
+    """Creates a folder of a run, which a field of the config names.
 
     Raises:
       InputError: if it cannot be created.
@@ -34,14 +38,37 @@ def require_folder(output: pathlib.Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise InputError(f"train.output {output} is a file: it must name a folder") from None
+        raise InputError(f"{what} {output} is a file: it must name a folder") from None
     except OSError as error:
-        raise InputError(f"train.output {output} cannot be created: {error.strerror}") from None
+        raise InputError(f"{what} {output} cannot be created: {error.strerror}") from None
+
+
+def checkpoints_folder(output: pathlib.Path, config: Config) -> epath.Path:
+    """Returns the folder of a run's checkpoints; creates the folder around it if it is a local one.
+
+    Raises:
+      InputError: if it cannot be created, or if checkpoints that the run has are in another folder.
+    """
+    folder = config.checkpoint.folder
+    if folder and not atomic.is_remote(folder):
+        require_folder(pathlib.Path(folder), "checkpoint.folder")
+        processes.require_shared(pathlib.Path(folder))
+    now, before = epath.Path(folder or output) / RUN_CHECKPOINTS, checkpoints_of(output)
+    if now != before and not is_folder(now) and is_folder(before):
+        raise InputError(
+            f"the checkpoints of {output} are in {before}, not in {now}: restore checkpoint.folder, or copy them"
+        )
+    return now
+
+
+def export_folder(output: pathlib.Path, step: int) -> pathlib.Path:
+    """Folder of the export of a step."""
+    return output / RUN_EXPORTS / f"step-{step}"
 
 
 def export(output: pathlib.Path, step: int, model: Llama, dtype: str, checkpoints: Checkpoints) -> None:
     """Exports the weights as a Hugging Face folder. The run continues if the folder cannot be written."""
-    target = output / RUN_EXPORTS / f"step-{step}"
+    target = export_folder(output, step)
     if target.exists():  # from before the run was resumed from an earlier checkpoint
         shutil.rmtree(target)
     try:
