@@ -2,5 +2,6 @@
 
 from pi_jax.checkpoint.layerwise import Weights, WeightsWriter
 from pi_jax.checkpoint.manager import Checkpoints
+from pi_jax.checkpoint.storage import is_folder
 
-__all__ = ["Checkpoints", "Weights", "WeightsWriter"]
+__all__ = ["Checkpoints", "Weights", "WeightsWriter", "is_folder"]

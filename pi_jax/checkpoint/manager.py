@@ -21,11 +21,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from pi_jax import log, trees
+from pi_jax.atomic import is_remote
 from pi_jax.checkpoint.fingerprint import fingerprint, fingerprint_of_part
 from pi_jax.checkpoint.layerwise import Weights
 from pi_jax.checkpoint.storage import (
     ReadableSteps,
     absolute,
+    is_folder,
     open_array,
     reason,
     root_cause,
@@ -55,13 +57,12 @@ class Checkpoints:
         """Opens a folder of checkpoints.
 
         Args:
-          folder: local folder or URL.
+          folder: local folder or gs:// URL.
           config: how often to save, and how many checkpoints to keep.
           writer: whether this is the training run. If so, incomplete checkpoints of an interrupted run are deleted.
         """
         self._folder, self._every, self._verified = absolute(folder), config.every, -1
-        if self._folder.exists() and not self._folder.is_dir():
-            raise InputError(f"{folder} is a file: it must be a folder of checkpoints")
+        is_folder(self._folder)
         self._names = ReadableSteps()
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_logged_errors())
@@ -73,7 +74,7 @@ class Checkpoints:
                     cleanup_tmp_directories=writer,
                     step_name_format=self._names,
                 )
-            except OSError as error:
+            except Exception as error:
                 raise InputError(f"{folder} cannot be {'written' if writer else 'read'}: {reason(error)}") from None
             # Orbax would report its steps to JAX's preemption service, whose only caller must be the supervisor.
             self._checkpointer._manager.reached_preemption = lambda step: False
@@ -180,6 +181,8 @@ class Checkpoints:
         moved = [self._folder.parent / "rejected" / str(number) for number in newer]
         if newer and jax.process_index() == 0:
             (self._folder.parent / "rejected").mkdir(parents=True, exist_ok=True)
+            if is_remote(self._folder):
+                (self._folder.parent / "rejected" / ".keep").touch()  # object storage has no empty folders
             for number, folder in zip(newer, moved, strict=True):
                 if folder.exists():
                     folder.rmtree()

@@ -76,8 +76,31 @@ def without_logged_errors() -> Iterator[None]:
 
 
 def absolute(folder: str | pathlib.Path) -> epath.Path:
-    """Returns the absolute path of a local folder; a URL is returned unchanged."""
+    """Returns the absolute path of a local folder; a URL is returned unchanged.
+
+    Raises:
+      InputError: if it is on storage that Orbax does not know: it would write to a local folder named "s3:".
+    """
+    if "://" in str(folder) and not str(folder).startswith("gs://"):
+        raise InputError(f"{folder} cannot hold checkpoints: they are kept in local folders or on gs://")
     return epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
+
+
+def is_folder(path: epath.Path) -> bool:
+    """Whether there is a folder of checkpoints.
+
+    Raises:
+      InputError: if it is a file, or if its storage cannot be reached.
+    """
+    try:
+        if path.is_dir():
+            return True
+        exists = path.exists()
+    except Exception as error:  # of the client of remote storage, or because that is not installed
+        raise InputError(f"{path} cannot be reached: {reason(error)}") from None
+    if exists:
+        raise InputError(f"{path} is a file: it must be a folder of checkpoints")
+    return False
 
 
 def reason(error: BaseException) -> str:

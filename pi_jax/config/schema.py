@@ -255,8 +255,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints under `OUTPUT/checkpoints`, written in the background; the last step is always saved."""
+    """Checkpoints, written in the background; the last step is always saved."""
 
+    folder: str = ""
+    """Folder that holds `checkpoints/`: an absolute path or a `gs://` URL; empty: OUTPUT."""
     every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -269,6 +271,10 @@ class CheckpointConfig:
     def __post_init__(self):
         require_types("checkpoint", self)
         require_positive("checkpoint", self, "every", "keep")
+        require(
+            self.folder.startswith(("/", "gs://")) or not self.folder,
+            f"checkpoint.folder is {self.folder}: it must be an absolute path or a gs:// URL",
+        )
         every = self.export_hf_every
         require(every >= 0, f"checkpoint.export_hf_every is {every}: it must be 0 or more")
 

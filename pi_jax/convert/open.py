@@ -13,12 +13,11 @@ import jax
 from etils import epath
 
 from pi_jax import limits
-from pi_jax.checkpoint import Checkpoints
+from pi_jax.checkpoint import Checkpoints, is_folder
 from pi_jax.config import CheckpointConfig, ComputeConfig, ModelConfig, RopeConfig, extend
 from pi_jax.convert import model_card, pipeline, sharded_load
 from pi_jax.convert.folders import digest, has_tokenizer
 from pi_jax.convert.formats import hf, meta, native
-from pi_jax.convert.formats.native import CHECKPOINTS as RUN_CHECKPOINTS
 from pi_jax.convert.formats.native import MODEL as RUN_MODEL
 from pi_jax.errors import InputError, no_folder
 from pi_jax.files import require_own
@@ -59,7 +58,7 @@ class Source:
         folder = epath.Path(self.path)
         if self.kind != "run":
             return digest(sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pth")))
-        with Checkpoints(folder / RUN_CHECKPOINTS, CheckpointConfig(), writer=False) as checkpoints:
+        with Checkpoints(native.checkpoints_of(folder), CheckpointConfig(), writer=False) as checkpoints:
             sums = checkpoints.metadata().get("fingerprint", {})
         weights = sorted((name, total) for name, total in sums.items() if name.startswith("model."))
         return hashlib.sha256(repr(weights).encode()).hexdigest()
@@ -92,9 +91,9 @@ class Source:
         template = abstract(self.config, compute)
         shardings = placement.shard_tree(mesh, template, parameter_axes(template))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
-        folder = epath.Path(self.path) / RUN_CHECKPOINTS
+        folder = native.checkpoints_of(self.path)
         restored = None
-        if folder.is_dir():
+        if is_folder(folder):
             with Checkpoints(folder, CheckpointConfig(), writer=False) as checkpoints:
                 restored = checkpoints.restore(target, prefix="model.")
         if restored is None:

@@ -28,7 +28,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int
 
-from pi_jax import __version__, limits
+from pi_jax import __version__, limits, remote
 from pi_jax.atomic import new_folder
 from pi_jax.data.manifest import FORMAT, damaged, parse
 from pi_jax.data.tokenizer import TOKENIZER_FILES, TokenizerInfo
@@ -40,8 +40,6 @@ SHARD_TOKENS = 2**24
 CHUNK_TOKENS = 2**15
 """Tokens per chunk, the unit of compression and reading."""
 _CACHE_BYTES = 2**26
-_SECONDS_TO_ANSWER = 60
-"""Timeout for a remote store, in seconds. TensorStore on its own would retry for a quarter of an hour."""
 
 
 def length_histogram(lengths: Int[np.ndarray, " D"]) -> dict[str, dict[str, int]]:
@@ -206,7 +204,7 @@ def _create(folder: pathlib.Path, dtype: np.dtype, shard: int, chunk: int) -> ts
         "fill_value": 0,
     }
     # A chunk that contains only token 0 is stored too, because readers treat a missing chunk as damage.
-    spec = {"driver": "zarr3", "kvstore": _kvstore(str(folder)), "metadata": metadata}
+    spec = {"driver": "zarr3", "kvstore": remote.kvstore(str(folder)), "metadata": metadata}
     return ts.open({**spec, "store_data_equal_to_fill_value": True}, create=True).result()
 
 
@@ -253,8 +251,8 @@ class TokenStore:
           InputError: if `path` is not a token store, or has another format version, is incomplete or damaged.
         """
         try:
-            files = ts.KvStore.open(_kvstore(path)).result()
-            found = files.read("manifest.json").result(timeout=_SECONDS_TO_ANSWER)
+            files = ts.KvStore.open(remote.kvstore(path)).result()
+            found = remote.answer(path, files.read("manifest.json"))
             if found.state != "value":
                 raise InputError(
                     f"{path} is not a complete token store, because it has no manifest.json: create one with python -m "
@@ -267,23 +265,25 @@ class TokenStore:
                 for name, size in manifest["files"].items()
             }
             for name, byte in last_bytes.items():
-                if byte.exception() or byte.result().state != "value":
+                try:
+                    found = remote.answer(path, byte).state
+                except InputError:
+                    raise
+                except ValueError:  # it has fewer bytes
+                    found = "missing"
+                if found != "value":
                     raise damaged(path, f"{name} is missing or truncated")
             tokens = _open(path, "tokens", manifest["tokens"], np.uint16, np.uint32)
             documents = manifest["documents"]
             limits.require(f"{path} has", documents, limits.DOCUMENTS, "documents")
-            offsets = _open(path, "offsets", documents + 1, np.int64).read().result()
+            offsets = remote.answer(path, _open(path, "offsets", documents + 1, np.int64).read())
             _check_offsets(path, offsets, manifest["tokens"])
             has_prompts = any(name.startswith("prompts/") for name in manifest["files"])
-            prompts = _open(path, "prompts", documents, np.int64).read().result() if has_prompts else None
+            prompts = remote.answer(path, _open(path, "prompts", documents, np.int64).read()) if has_prompts else None
             if prompts is not None:
                 _check_prompts(path, prompts, offsets)
         except InputError:
             raise
-        except TimeoutError:
-            raise InputError(
-                f"{path} did not respond within {_SECONDS_TO_ANSWER} s: check the URL and your access"
-            ) from None
         except ValueError as error:
             raise InputError(f"{path} cannot be opened as a token store: {_first_line(error)}") from None
         offsets.flags.writeable = False
@@ -317,12 +317,15 @@ class TokenStore:
 
         Raises:
           IndexError: if the range is not within the store.
-          InputError: if a file cannot be read, a checksum is wrong, or a token id is above `largest_token`.
+          InputError: if a file cannot be read, also not after a while; if a checksum is wrong, or a token id is above
+            `largest_token`.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} are out of range: the store has {self.num_tokens} tokens")
         try:
-            tokens = self._tokens[start:stop].read().result()
+            tokens = remote.answer(self.path, self._tokens[start:stop].read(), running=True)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{self.path}: tokens {start}:{stop} cannot be read: {_first_line(error)}") from None
         if tokens.size and tokens.max() > self.largest_token:
@@ -341,31 +344,25 @@ class TokenStore:
         if "://" not in self.path:
             return os.path.join(self.path, "tokenizer")
         self._fetched = tempfile.TemporaryDirectory(prefix="pi_jax-tokenizer-")  # deleted with the store
-        files = ts.KvStore.open(_kvstore(self.path)).result()
+        files = ts.KvStore.open(remote.kvstore(self.path)).result()
         for name in self.manifest["files"]:
             if name.startswith("tokenizer/"):
-                pathlib.Path(self._fetched.name, os.path.basename(name)).write_bytes(files[name])
+                found = remote.answer(self.path, files.read(name))
+                pathlib.Path(self._fetched.name, os.path.basename(name)).write_bytes(found.value)
         return self._fetched.name
-
-
-def _kvstore(path: str, name: str = "") -> str | dict[str, str]:
-    """Returns TensorStore's spec of a store's folder, or of a subfolder. The trailing slash marks a folder."""
-    if "://" in path:
-        return "/".join([path.rstrip("/"), name]).rstrip("/") + "/"
-    return {"driver": "file", "path": os.path.join(os.path.abspath(path), name, "")}
 
 
 def _open(path: str, name: str, length: int, *dtypes: type) -> ts.TensorStore:
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore(path, name),
+        "kvstore": remote.kvstore(path, name),
         "fill_missing_data_reads": False,
         # A store never changes, so shard indices are cached permanently instead of being checked at each read.
         "recheck_cached_data": "open",
         "recheck_cached_metadata": "open",
         "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
     }
-    opened = ts.open(spec, read=True).result()
+    opened = remote.answer(path, ts.open(spec, read=True))
     dtype = opened.dtype.numpy_dtype
     if opened.shape != (length,) or dtype not in dtypes:
         wanted = " or ".join(np.dtype(known).name for known in dtypes)

@@ -275,7 +275,7 @@ def test_a_flipped_bit_and_a_lost_shard_are_errors_when_read(tmp_path, tokenizer
 
 
 def test_a_remote_store_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr(store_module, "_SECONDS_TO_ANSWER", 0)
+    monkeypatch.setattr("pi_jax.remote._SECONDS_TO_ANSWER", 0)
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9/s did not respond within 0 s"):
         TokenStore.open("http://127.0.0.1:9/s")
 

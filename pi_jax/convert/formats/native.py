@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from pi_jax.checkpoint import Checkpoints, WeightsWriter
+from pi_jax.checkpoint import Checkpoints, WeightsWriter, is_folder
 from pi_jax.config import CheckpointConfig, ModelConfig
 from pi_jax.convert import param_mapping, pipeline
-from pi_jax.convert.folders import copy_files, write_json
+from pi_jax.convert.folders import copy_files, read_json, write_json
 from pi_jax.convert.formats import hf
 from pi_jax.convert.verify import readback
 from pi_jax.errors import InputError
@@ -21,7 +21,7 @@ from pi_jax.errors import InputError
 MODEL = "model"
 """Subfolder with the config and tokenizer files."""
 CHECKPOINTS = "checkpoints"
-"""Subfolder with the checkpoints."""
+"""Subfolder with the checkpoints, in the folder itself or where config.json of a run says (`checkpoint.folder`)."""
 EXPORTS = "hf"
 """Subfolder with the Hugging Face folders that a run exports during training."""
 _PREFIX = "model."
@@ -32,6 +32,14 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         name: ((len(tensors),) if tensors[0].spec.stacked else ()) + tensors[0].spec.shape(config)
         for name, tensors in param_mapping.stacks(config).items()
     }
+
+
+def checkpoints_of(folder: Any) -> epath.Path:
+    """Returns the folder of the checkpoints of a run or converted model."""
+    elsewhere = ""
+    with contextlib.suppress(InputError):  # a converted model has no config.json
+        elsewhere = read_json(epath.Path(folder) / "config.json")["config"].get("checkpoint.folder", "")
+    return epath.Path(elsewhere or folder) / CHECKPOINTS
 
 
 class Reader:
@@ -49,8 +57,8 @@ class Reader:
         Raises:
           InputError: if the checkpoint does not exist or belongs to another model.
         """
-        path = epath.Path(folder) / CHECKPOINTS
-        if not path.is_dir():
+        path = checkpoints_of(folder)
+        if not is_folder(path):
             raise InputError(f"{folder} has no checkpoint yet")
         with contextlib.ExitStack() as stack:
             opened = opened or stack.enter_context(Checkpoints(path, CheckpointConfig(), writer=False))
