@@ -36,6 +36,7 @@ from pi_jax.checkpoint.storage import (
 )
 from pi_jax.config import CheckpointConfig
 from pi_jax.errors import InputError
+from pi_jax.parallel import ending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Checkpoints:
                     raise self._not_written(error) from None
 
     def _not_written(self, error: Exception) -> InputError:
+        if is_remote(self._folder):
+            ending.abandon_threads()
         return InputError(f"a checkpoint cannot be written to {self._folder}: {reason(error)}")
 
     def steps(self) -> list[int]:

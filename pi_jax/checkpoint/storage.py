@@ -8,13 +8,19 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import fsspec.config
 import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.path import step as step_names
 
 from pi_jax import trees
+from pi_jax.atomic import is_remote
 from pi_jax.errors import InputError
+from pi_jax.parallel import ending
+
+# gcsfs would go on listing what it has seen once, whatever other processes have written since.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 STATE = "state"
 """Subfolder of a checkpoint in which Orbax stores the arrays."""
@@ -97,6 +103,8 @@ def is_folder(path: epath.Path) -> bool:
             return True
         exists = path.exists()
     except Exception as error:  # of the client of remote storage, or because that is not installed
+        if is_remote(path):
+            ending.abandon_threads()
         raise InputError(f"{path} cannot be reached: {reason(error)}") from None
     if exists:
         raise InputError(f"{path} is a file: it must be a folder of checkpoints")

@@ -105,6 +105,13 @@ class _Run:
 
 
 _run: _Run | None = None
+_abandoned = False
+
+
+def abandon_threads() -> None:
+    """Lets an error end this process at once, because a thread waits for storage that has gone, for many minutes."""
+    global _abandoned
+    _abandoned = True
 
 
 def watch(store: Any, process: int, processes: int, release: Callable[[], None]) -> Callable[[], None]:
@@ -149,6 +156,8 @@ def end(
             with contextlib.suppress(Exception):  # their launcher or their own time limit ends them
                 connect()
             timer.cancel()
+        if _run is None and _abandoned:
+            _exit(status)
         if _run is None:
             sys.exit(status)
         show = None
