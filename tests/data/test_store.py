@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from pi_jax.data import store as store_module
 from pi_jax.data.store import TokenStore, TokenStoreWriter, length_histogram
 from pi_jax.data.tokenizer import TokenizerInfo
 from pi_jax.errors import InputError
