@@ -438,8 +438,9 @@ def test_every_config_can_be_smoked(file, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
-def test_every_config_runs_in_miniature(file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["tiny", "7b_32k", "7b_8k_direct", "llama3_8b_128k"])  # one of each kind
+def test_configs_run_in_miniature(name, tmp_path, monkeypatch):
+    file = ROOT / "configs" / f"{name}.py"
     monkeypatch.chdir(tmp_path)
     train_main(["--config", str(file), "--smoke"])
     (result,) = tmp_path.glob("runs/*/result.json")
