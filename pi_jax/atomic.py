@@ -162,8 +162,8 @@ def lock(file: pathlib.Path, what: str) -> Iterator[None]:
 
     The file names its holder. On the same machine its process is looked up: what a killed process left is taken over at
     once. The holder on another machine touches the file every 10 seconds, and is dead if it does not for a minute; no
-    clocks are compared, so taking over what it left takes this minute. Works on local file systems, NFS,
-    Lustre and GPFS.
+    clocks are compared, so taking over what it left takes this minute. Works on local file systems, NFS, Lustre
+    and GPFS.
 
     Args:
       file: the lock file, in an existing folder.
@@ -290,9 +290,9 @@ def _touched(file: pathlib.Path) -> float:
 def _take_away(file: pathlib.Path, text: str) -> None:
     """Removes the lock of a dead holder, unless another process has just done so."""
     with contextlib.suppress(FileNotFoundError), file.open() as opened:
-        fcntl.flock(
-            opened, fcntl.LOCK_EX
-        )  # whoever waits here sees afterwards that the name has gone or is another file
+        # Whoever waits here sees afterwards that the name has gone or is another file.
+        with contextlib.suppress(OSError):  # a file system without flock
+            fcntl.flock(opened, fcntl.LOCK_EX)
         if os.path.samestat(os.fstat(opened.fileno()), file.stat()) and opened.read() == text:
             file.unlink()
 

@@ -31,7 +31,7 @@ from pi_jax.parallel import supervisor
 from pi_jax.tiny import tiny_model_config
 from pi_jax.train import loop, monitor
 from pi_jax.train.run_folder import LOCK
-from tests.changes import with_changes
+from tests.changes import at_step, with_changes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -65,22 +65,6 @@ def damage(folder, step):
 def steps_of(folder):
     with Checkpoints(folder / "checkpoints", CheckpointConfig(), writer=False) as checkpoints:
         return checkpoints.steps()
-
-
-def at_step(monkeypatch, step, action):
-    """Calls `action` when the loop reads the batch of a step, from 1."""
-    real = Pipeline.batch
-
-    def batch(self, index, rows=None):
-        if index == step - 1:
-            action()
-        return real(self, index, rows)
-
-    monkeypatch.setattr(Pipeline, "batch", batch)
-    # Without threads that read ahead, the batch of a step is read when the step before has been dispatched.
-    monkeypatch.setattr(
-        Pipeline, "iterate", lambda self, first, rows: (self.batch(i, rows) for i in range(first, 10**6))
-    )
 
 
 # One writer

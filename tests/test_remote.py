@@ -23,11 +23,10 @@ from pi_jax import cli
 from pi_jax.checkpoint import Checkpoints
 from pi_jax.config import CheckpointConfig
 from pi_jax.convert.open import open_model
-from pi_jax.data.pipeline import Pipeline
 from pi_jax.data.store import TokenStore
 from pi_jax.errors import InputError
 from pi_jax.train import loop
-from tests.changes import with_changes
+from tests.changes import at_step, with_changes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -137,22 +136,6 @@ def test_storage_that_is_gone_at_the_start_is_one_sentence(s3, store, config, mo
     s3.start()
 
 
-def at_step(monkeypatch, step, action):
-    """Calls `action` before the batch of a step, from 1, is read; nothing is read ahead or cached."""
-    real = Pipeline.batch
-
-    def batch(self, index, rows=None):
-        if index == step - 1:
-            action()
-        return real(self, index, rows)
-
-    monkeypatch.setattr("pi_jax.data.store._CACHE_BYTES", 0)
-    monkeypatch.setattr(Pipeline, "batch", batch)
-    monkeypatch.setattr(
-        Pipeline, "iterate", lambda self, first, rows: (self.batch(i, rows) for i in range(first, 10**6))
-    )
-
-
 def test_a_run_waits_for_storage_that_comes_back(s3, store, config, tmp_path, monkeypatch):
     expected = loop.train(with_changes(config, train={"output": str(tmp_path / "here")}))
     times = []
@@ -162,6 +145,7 @@ def test_a_run_waits_for_storage_that_comes_back(s3, store, config, tmp_path, mo
         times.append(time.monotonic())
         threading.Timer(3, s3.start).start()
 
+    monkeypatch.setattr("pi_jax.data.store._CACHE_BYTES", 0)  # every step reads from storage
     at_step(monkeypatch, 4, leave)
     result = loop.train(with_changes(config, data={"sources": (store,)}))
     assert result["final"]["loss"] == expected["final"]["loss"] and time.monotonic() - times[0] > 3
@@ -169,6 +153,7 @@ def test_a_run_waits_for_storage_that_comes_back(s3, store, config, tmp_path, mo
 
 def test_a_run_ends_when_storage_stays_away(s3, store, config, monkeypatch, capsys):
     monkeypatch.setattr("pi_jax.remote._SECONDS_TO_RETURN", 2)
+    monkeypatch.setattr("pi_jax.data.store._CACHE_BYTES", 0)  # every step reads from storage
     at_step(monkeypatch, 4, s3.stop)
     said = sentence(capsys, lambda: loop.train(with_changes(config, data={"sources": (store,)})))
     assert said == f"error: {store} has not responded for 2 s: run the same command when it does\n"

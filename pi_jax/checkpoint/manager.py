@@ -150,8 +150,27 @@ class Checkpoints:
         Raises:
           InputError: if it cannot be read or differs.
         """
+        expected, sums, failure = {}, {}, None
+        try:
+            expected, sums = self._sums_of_a_part(step)
+        except InputError as error:
+            failure = error
+        if jax.process_count() > 1:  # all must come to the same conclusion, also if only one cannot read its part
+            if multihost_utils.process_allgather(np.array(failure is not None)).any():
+                raise failure or InputError(f"the checkpoint of step {step} cannot be read back by another process")
+            parts = multihost_utils.process_allgather(np.array(list(sums.values()), np.uint32))
+            sums = dict(zip(sums, parts.sum(axis=0, dtype=np.uint32).tolist(), strict=True))
+        if failure:
+            raise failure
+        differing = [name for name, total in sums.items() if expected.get(name) != total]
+        if differing:
+            raise InputError(
+                f"the checkpoint of step {step} reads back differently from what was saved: {differing[:3]}"
+            )
+
+    def _sums_of_a_part(self, step: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns the checksums that were saved, and those of what this process reads; all add up mod 2^32."""
         metadata, found = self._stored(step)
-        expected = metadata.get("fingerprint", {})
         arrays = {name: open_array(self._folder, step, name) for name in sorted(found)}
         parts = [
             (name, layer)
@@ -164,15 +183,8 @@ class Checkpoints:
                 part = arrays[name][... if layer is None else slice(layer, layer + 1)].read().result()
             except ValueError as error:
                 raise InputError(f"the checkpoint of step {step} cannot be read back: {reason(error)}") from None
-            sums[name] += fingerprint_of_part(np.atleast_1d(part), layer or 0)
-        totals = np.array([total % 2**32 for total in sums.values()], np.uint32)
-        if jax.process_count() > 1:
-            totals = multihost_utils.process_allgather(totals).sum(axis=0, dtype=np.uint32)
-        differing = [name for name, total in zip(sums, totals, strict=True) if expected.get(name) != int(total)]
-        if differing:
-            raise InputError(
-                f"the checkpoint of step {step} reads back differently from what was saved: {differing[:3]}"
-            )
+            sums[name] = (sums[name] + fingerprint_of_part(np.atleast_1d(part), layer or 0)) % 2**32
+        return metadata.get("fingerprint", {}), sums
 
     def set_aside(self, step: int) -> list[str]:
         """Moves all checkpoints after a step out of the way, so that their steps can be saved again.
